@@ -1,0 +1,12 @@
+"""Child-Tuning (Xu et al., EMNLP 2021) on DeepSpeed, exact at every ZeRO stage and world size.
+
+child = ds_childtune.attach(engine)      # after deepspeed.initialize
+child.select(calibration_batches)        # ChildTuning-D
+"""
+
+from ds_childtune._version import __version__
+from ds_childtune.config import ChildTuningConfig, FisherConfig
+from ds_childtune.report import ParameterReport, Report
+from ds_childtune.tuner import ChildTuner, attach
+
+__all__ = ["ChildTuner", "ChildTuningConfig", "FisherConfig", "ParameterReport", "Report", "__version__", "attach"]

@@ -1,0 +1,318 @@
+"""The only file that reads DeepSpeed's attributes. `tests/test_seams.py` pins each one, so that an upgrade fails there first.
+
+[Note: the one place]
+At every ZeRO stage DeepSpeed hands its *base optimizer* (`engine.basic_optimizer`) flat 1-D shards with `.grad` set - reduced,
+unscaled and clipped. Stages 1 and 2 call `step` once per param group, with `param_groups` cut to that group; stage 3 once per
+sub-group, with the sub-group's shard put into its param group. So every gradient element passes exactly once per step, and
+state is keyed by the flat shard's tensor, never by group index.
+
+Layouts, by the class of `engine.optimizer`:
+
+    DeepSpeedZeroOptimizer         (1, 2)           a slice of the concatenated group; `param._hp_mapping` says of what
+    BF16_Optimizer                 (1, bf16, fp32 accumulation)   likewise
+    DeepSpeedZeroOptimizer_Stage3  (3)              every parameter split on its own; `grad_position` says where it lies
+    FP16_Optimizer                 (0, 16-bit, FusedAdam)         whole groups, concatenated, on every rank
+    FP16_UnfusedOptimizer          (0, 16-bit, others)            whole parameters, on every rank
+    the base optimizer itself      (0, fp32)        the parameters themselves, on every rank
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_childtune.shards import FlatShard, Fragment
+
+Engine = Any
+"""A `deepspeed.DeepSpeedEngine`; DeepSpeed ships no types."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The trainable parameters that DeepSpeed optimises, by name."""
+
+    by_name: dict[str, nn.Parameter]
+    """In the order of `engine.module.named_parameters()`; a tied parameter has its first name."""
+
+    aliases: dict[str, str]
+    """Every name of every parameter, frozen and tied ones included, to its first name."""
+
+    shapes: dict[str, torch.Size]
+    """Full shape, by first name, frozen parameters included."""
+
+
+def refuse_unsupported(engine: Engine) -> None:
+    """Raise NotImplementedError, with a remedy, for a set-up where masks would not act or not be exact."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    base = engine.basic_optimizer
+    if base is None or engine.optimizer is None:
+        raise ValueError(
+            "attach: this engine has no optimizer, so there is nothing to mask."
+            ' Remedy: give deepspeed.initialize an optimizer, or an "optimizer" block in its config.'
+        )
+    zero = engine._config.zero_config
+    offload = zero.offload_optimizer
+    base_name = type(base).__name__
+    wrapper = engine.optimizer
+    exact = (
+        DeepSpeedZeroOptimizer,
+        DeepSpeedZeroOptimizer_Stage3,
+        BF16_Optimizer,
+        FP16_Optimizer,
+        FP16_UnfusedOptimizer,
+    )
+    refusals = {
+        "pipeline parallelism": (engine.pipeline_parallelism, "use ZeRO data parallelism"),
+        "tensor parallelism (AutoTP or an mpu)": (engine.autotp_size() > 1 or engine.mpu is not None, "use ZeRO-3"),
+        "sequence parallelism": (engine.sequence_parallel_size > 1, "use ZeRO data parallelism"),
+        "mixture of experts with expert parallelism": (engine.has_moe_layers, "train the experts data-parallel"),
+        "MiCS": (getattr(zero, "mics_shard_size", -1) > 0, "remove zero_optimization.mics_shard_size"),
+        "hpZ": (zero.zero_hpz_partition_size > 1, "remove zero_optimization.zero_hpz_partition_size"),
+        "ZenFlow": (bool(engine.zenflow), "remove zero_optimization.zenflow"),
+        "SuperOffload": (bool(engine.super_offload()), "remove offload_optimizer.super_offload"),
+        "offloading optimizer state to NVMe": (
+            offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme",
+            'use offload_optimizer.device "cpu"',
+        ),
+        "offload_optimizer.ratio below 1": (
+            offload is not None and engine.zero_partial_offload() not in (None, 1, 1.0),
+            "remove offload_optimizer.ratio",
+        ),
+        "DeepCompile": (engine.is_deepcompile_enabled(), "remove compile.deepcompile"),
+        "legacy optimizer fusion in fp16": (
+            getattr(wrapper, "fused_adam_legacy", False) or getattr(wrapper, "fused_lamb_legacy", False),
+            'use the "adamw" optimizer, and remove legacy_fusion',
+        ),
+        "torch_autocast in fp16, whose gradient scaler may skip single shards": (
+            bool(engine.torch_autocast_z0_gradscaler) or bool(getattr(wrapper, "torch_autocast_gradscaler", None)),
+            "use bf16",
+        ),
+        f"the optimizer {base_name}, which does not step `.grad` of flat shards element by element": (
+            any(word in base_name for word in ("Onebit", "OnebitAdam", "ZeroOneAdam", "Muon")),
+            "use AdamW, SGD or Lion",
+        ),
+        f"the optimizer wrapper {type(wrapper).__name__}": (
+            not (wrapper is base or type(wrapper) in exact),
+            "use ZeRO stage 0, 1, 2 or 3 with a standard optimizer",
+        ),
+    }
+    for what, (refused, remedy) in refusals.items():
+        if refused:
+            raise NotImplementedError(f"ds_childtune does not support {what}. Remedy: {remedy}.")
+
+
+def read_parameters(engine: Engine) -> Parameters:
+    """The model's parameters, by name."""
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    shapes: dict[str, torch.Size] = {}
+    by_name: dict[str, nn.Parameter] = {}
+    for name, param in engine.module.named_parameters(remove_duplicate=False):
+        aliases[name] = first.setdefault(id(param), name)
+        if aliases[name] == name:
+            shapes[name] = torch.Size(getattr(param, "ds_shape", param.shape))
+            if param.requires_grad:
+                by_name[name] = param
+    return Parameters(by_name, aliases, shapes)
+
+
+def read_flat_shards(engine: Engine, parameters: Parameters) -> tuple[FlatShard, ...]:
+    """What the base optimizer steps on this rank. See [Note: the one place] and [Note: flat shards]."""
+    names = {id(p): name for name, p in parameters.by_name.items()}
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return _stage3_shards(optimizer, names)
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return _mapped_shards(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, names)
+    if hasattr(optimizer, "fp32_groups_flat_partition"):
+        return _mapped_shards(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, names)
+    counted = data_parallel_rank(engine) == 0
+    if hasattr(optimizer, "fp32_groups_flat"):
+        flat = zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True)
+        return tuple(_whole_parameters(tensor, group, names, counted) for tensor, group in flat)
+    if hasattr(optimizer, "fp32_groups"):
+        pairs = [
+            (hp, lp)
+            for hps, lps in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True)
+            for hp, lp in zip(hps, lps, strict=True)
+        ]
+    else:
+        pairs = [(p, p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    return tuple(_whole_parameters(tensor, [param], names, counted) for tensor, param in pairs)
+
+
+def _stage3_shards(optimizer: Any, names: dict[int, str]) -> tuple[FlatShard, ...]:
+    shards = []
+    for sub_group, (tensor, params) in enumerate(
+        zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
+    ):
+        fragments = []
+        for param in params:
+            position, shard_start, partition_numel = optimizer.grad_position[optimizer.get_param_id(param)]
+            if position != sub_group:
+                raise RuntimeError(f"ZeRO-3 puts {names[id(param)]} into sub-group {position}, expected {sub_group}")
+            param_start = partition_numel * optimizer._get_param_partition_rank(param)
+            numel = min(partition_numel, param.ds_numel - param_start)
+            if numel > 0:
+                fragments.append(Fragment(names[id(param)], param_start, shard_start, numel))
+        shards.append(FlatShard(tensor, tuple(fragments)))
+    return tuple(shards)
+
+
+def _mapped_shards(groups: Any, tensors: Any, names: dict[int, str]) -> tuple[FlatShard, ...]:
+    shards = []
+    for tensor, params in zip(tensors, groups, strict=True):
+        fragments = []
+        for param in params:
+            mapping = param._hp_mapping
+            if mapping is not None:
+                lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
+                fragments.append(Fragment(names[id(param)], lp.start, hp.start, hp.numel))
+        shards.append(FlatShard(tensor, tuple(sorted(fragments, key=lambda f: f.shard_start))))
+    return tuple(shards)
+
+
+def _whole_parameters(tensor: Tensor, params: Any, names: dict[int, str], counted: bool) -> FlatShard:
+    fragments = []
+    start = 0
+    for param in params:
+        fragments.append(Fragment(names[id(param)], 0, start, param.numel(), counted=counted))
+        start += param.numel()
+    return FlatShard(tensor, tuple(f for f in fragments if f.numel))
+
+
+def data_parallel_rank(engine: Engine) -> int:
+    """This rank inside the group over which gradients are averaged."""
+    from deepspeed import comm as dist
+
+    return int(dist.get_rank(group=engine.seq_data_parallel_group))
+
+
+def model_dtype(engine: Engine) -> torch.dtype:
+    """dtype of the forward pass and of local gradients."""
+    return engine.get_data_types()[0]  # type: ignore[no-any-return]
+
+
+def gradient_dtype(engine: Engine, shards: tuple[FlatShard, ...]) -> torch.dtype:
+    """dtype of the flat shards' gradients."""
+    return shards[0].tensor.dtype if shards else model_dtype(engine)
+
+
+def inside_accumulation(engine: Engine) -> bool:
+    """True between the first micro-batch of an accumulation and its step."""
+    return bool(engine.micro_steps % engine.gradient_accumulation_steps())
+
+
+def applied_steps(engine: Engine) -> int:
+    """Optimizer steps that DeepSpeed has taken and not skipped."""
+    return int(engine.global_steps - engine.skipped_steps)
+
+
+@dataclass
+class _Snapshot:
+    """What a calibration pass touches, as it was."""
+
+    optimizer: Any
+    values: dict[str, Any] = field(default_factory=dict)
+    loss_scaler: dict[str, Any] | None = None
+    state_keys: set[int] = field(default_factory=set)
+
+    _ATTRIBUTES = ("clip_grad", "micro_step_id", "_global_grad_norm", "overflow", "_hp_optimizer_states_linked")
+
+    @classmethod
+    def take(cls, engine: Engine) -> _Snapshot:
+        optimizer = engine.optimizer
+        snapshot = cls(optimizer)
+        snapshot.values = {a: getattr(optimizer, a) for a in cls._ATTRIBUTES if hasattr(optimizer, a)}
+        scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+        snapshot.loss_scaler = dict(vars(scaler)) if scaler is not None else None
+        snapshot.state_keys = {id(p) for p in engine.basic_optimizer.state}
+        return snapshot
+
+    def restore(self, engine: Engine) -> None:
+        for attribute, value in self.values.items():
+            setattr(self.optimizer, attribute, value)
+        scaler = getattr(self.optimizer, "loss_scaler", None) or getattr(self.optimizer, "loss_scale_config", None)
+        if scaler is not None and self.loss_scaler is not None:
+            vars(scaler).update(self.loss_scaler)
+        # ZeRO 1 and 2 look up the base optimizer's state after a step, and its defaultdict then makes empty entries.
+        state = engine.basic_optimizer.state
+        for tensor in [t for t in state if id(t) not in self.state_keys]:
+            del state[tensor]
+        _clear_gradients(engine)
+
+
+def _clear_gradients(engine: Engine) -> None:
+    """Leave no square where a training step could read it as a gradient."""
+    optimizer = engine.optimizer
+    optimizer.zero_grad()
+    engine.zero_grad()
+    # ZeRO-3 keeps its gradient partitions, and CPU offload the flat shards' `.grad`, from step to step; a parameter that
+    # the next backward does not reach would be stepped with what they hold.
+    partitions = getattr(optimizer, "grad_partitions_flat_buffer", None)
+    if partitions is not None:
+        partitions.zero_()
+    for group in engine.basic_optimizer.param_groups:
+        for tensor in group["params"]:
+            if tensor.grad is not None:
+                tensor.grad.zero_()
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        for tensor in getattr(optimizer, name, ()):
+            if tensor.grad is not None:
+                tensor.grad.zero_()
+
+
+@contextmanager
+def calibration(engine: Engine, receive: Callable[[list[Tensor]], None]) -> Iterator[Callable[[Tensor], None]]:
+    """Run backward passes whose gradients go to `receive` instead of into a step; afterwards the engine is as before.
+
+    Yields:
+        `backward(loss)`: one backward pass with its own reduction. The flat shards that the base optimizer would have stepped,
+        with `.grad` set, unscaled and not clipped, go to `receive`; no weight moves.
+    """
+    if not engine.managed_gradient_accumulation():
+        raise NotImplementedError(
+            "ds_childtune cannot run a Fisher pass with managed_gradient_accumulation: false."
+            " Remedy: leave DeepSpeed in charge of gradient accumulation."
+        )
+    optimizer, base = engine.optimizer, engine.basic_optimizer
+    snapshot = _Snapshot.take(engine)
+    patched = base.__dict__.get("step")
+
+    def step(*_: object, **__: object) -> None:
+        receive([p for group in base.param_groups for p in group["params"]])
+
+    def backward(loss: Tensor) -> None:
+        engine.backward(loss, scale_wrt_gas=False)
+        optimizer.step()
+        optimizer.zero_grad()
+        engine.zero_grad()
+
+    _clear_gradients(engine)
+    if hasattr(optimizer, "clip_grad"):
+        optimizer.clip_grad = 0.0
+    base.step = step
+    engine.set_gradient_accumulation_boundary(True)
+    try:
+        yield backward
+    finally:
+        # An lr scheduler leaves its own wrapper in the instance's `step`: put that back, not the class's.
+        if patched is None:
+            del base.step
+        else:
+            base.step = patched
+        engine.set_gradient_accumulation_boundary(False)
+        engine._is_gradient_accumulation_boundary = None
+        if hasattr(optimizer, "set_gradient_accumulation_boundary"):
+            optimizer.set_gradient_accumulation_boundary(engine.is_gradient_accumulation_boundary())
+        snapshot.restore(engine)

@@ -1,0 +1,89 @@
+"""Diagonal empirical Fisher information on flat shards.
+
+Section 3.2 of Xu et al. (EMNLP 2021, arXiv 2109.05687): F_i is the mean over the task's samples of
+(d log p(y|x) / d w_i)^2, y being the true label.
+
+[Note: squares before the reduction]
+A shard that squares its *reduced* gradient gets (mean over W ranks)^2: signal^2 + noise / W, another child for every world
+size. So `per_micro_batch` squares first: a tensor hook replaces each eligible parameter's micro-batch gradient by its
+square, DeepSpeed reduces squares, and the accumulator adds the shard that it is handed. With M micro-batches over all
+ranks, F = (1 / M) * sum of (micro-batch gradient)^2, whatever the world size, the ZeRO stage and the accumulation steps;
+at micro-batch size 1 it is the paper's formula. `per_global_batch` squares the reduced gradient and depends on all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_childtune.shards import FlatShard
+
+
+def squared(grad: Tensor, max_grad_norm: float | None) -> Tensor:
+    """The square of one parameter's gradient, clipped to `max_grad_norm` first, in the dtype of `grad`."""
+    if max_grad_norm is not None:
+        # torch.nn.utils.clip_grad_norm_'s formula, which the original code applies to each tensor alone.
+        scale = (max_grad_norm / (grad.float().norm() + 1e-6)).clamp(max=1.0)
+        grad = grad * scale.to(grad.dtype)
+    return grad * grad
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """Diagonal empirical Fisher information, on this rank's shards."""
+
+    shards: list[Tensor]
+    """fp32 1-D, one for each flat shard and laid out like it; what lies outside eligible fragments has no meaning."""
+
+    terms: int
+    """Terms of the mean: micro-batches over all ranks, or global batches."""
+
+
+class FisherAccumulator:
+    """Sums what the base optimizer is handed, in fp32: 4 bytes for each element of a shard."""
+
+    def __init__(self, shards: Sequence[FlatShard], *, square: bool) -> None:
+        """
+        Args:
+            square: True to square here, after the reduction (`per_global_batch`); False when hooks have squared already.
+        """
+        self._shards = {s.tensor: s for s in shards}
+        self._square = square
+        self.sums = [torch.zeros(s.numel, dtype=torch.float32, device=s.tensor.device) for s in shards]
+        """fp32 1-D, one for each flat shard; what lies outside eligible fragments has no meaning."""
+        self._sum_of = dict(zip(self._shards, self.sums, strict=True))
+
+    def add(self, tensors: Collection[Tensor], weight: float, absent: Collection[str]) -> None:
+        """Add the gradients of the flat shards `tensors`.
+
+        Args:
+            weight: factor of the added term.
+            absent: parameters that the backward pass did not reach: what their fragments hold is stale.
+        """
+        for tensor in tensors:
+            shard = self._shards[tensor]
+            grad = shard.flat_grad()
+            if grad is None:
+                continue
+            total = self._sum_of[tensor]
+            if not absent:
+                self._add(total, grad, weight)
+                continue
+            for fragment in shard.eligible:
+                if fragment.name not in absent:
+                    self._add(fragment.of(total), fragment.of(grad), weight)
+
+    def _add(self, total: Tensor, grad: Tensor, weight: float) -> None:
+        if self._square:
+            total.addcmul_(grad, grad, value=weight)
+        else:
+            total.add_(grad, alpha=weight)
+
+    def mean(self, terms: int) -> Fisher:
+        """Turn the sums into means, in place."""
+        for total in self.sums:
+            total.div_(terms)
+        return Fisher(self.sums, terms)

@@ -1,0 +1,206 @@
+"""ChildTuning-F's masks: a counter-based generator keyed by the element, not by the rank.
+
+The task-free child of Xu et al. (EMNLP 2021, arXiv 2109.05687, section 3.1) draws, at every step t, a mask M_t whose
+elements are Bernoulli(p), and updates with g_t * M_t / p. Here an element's bit is a pure function of
+
+    (seed, applied step, parameter name, index in the flattened parameter)
+
+so that the same mask comes at any world size and ZeRO stage and on resume, with nothing stored and nothing sent.
+
+[Note: the generator]
+A 64-bit digest of (seed, name, index block) gives two 32-bit base keys per fragment. `step_keys` mixes the step into
+them: an odd multiplier and an increment. `_bits` sends the index through this affine map, a function of its own for
+every key and not a window on one sequence, and then through a 32-bit finaliser (constants of C. Wellons' "lowbias32",
+public domain) less its last xor-shift, which would change low bits alone. An element is kept when its 32 bits are at or
+below a limit that stands for p.
+
+Two implementations of the same arithmetic, bit-identical: `torch.compile` fuses hash, comparison and multiply into one
+pass over the gradient; where no compiler is found the eager form runs over tiles that stay in cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ds_childtune.shards import FlatShard, Fragment
+
+INDEX_BLOCK = 1 << 30
+"""Elements of a parameter that share one key: indices inside a block fit in int32."""
+
+_TILE = 1 << 15
+"""Elements per eager tile: three int32 buffers and the gradient stay in a core's second-level cache."""
+
+_MULTIPLIER_1 = 0x7FEB352D
+_MULTIPLIER_2 = 0x846CA68B - (1 << 32)
+_WEYL = 0x9E3779B9
+
+MaskKernel = Callable[[Tensor, Tensor, int, float], None]
+"""`kernel(grad, key, limit, scale)`: mask and rescale the 1-D `grad` in place; `key` is int32 [2]."""
+
+
+def keep_limit(reserve_p: float) -> int:
+    """The largest signed 32-bit value that is kept, so that a uniform value is kept with probability `reserve_p`."""
+    return max(1, round(reserve_p * 2**32)) - 1 - 2**31
+
+
+def base_keys(pieces: Sequence[Fragment], seed: int, *, device: torch.device) -> Tensor:
+    """Static part of the keys of `pieces` (see `split_blocks`).
+
+    Returns:
+        int32 [len(pieces), 3]: two key words, and the index of the piece's first element inside its block.
+    """
+    rows = []
+    for piece in pieces:
+        block, start = divmod(piece.param_start, INDEX_BLOCK)
+        text = f"{seed}/{block}/{piece.name}".encode()
+        digest = hashlib.blake2b(text, digest_size=8, person=b"child-mask").digest()
+        words = [int.from_bytes(digest[i : i + 4], "little", signed=True) for i in (0, 4)]
+        rows.append([*words, start])
+    return torch.tensor(rows, dtype=torch.int32).reshape(len(rows), 3).to(device)
+
+
+def split_blocks(fragment: Fragment) -> list[Fragment]:
+    """Cut a fragment where the parameter's index crosses a multiple of `INDEX_BLOCK`."""
+    pieces = []
+    done = 0
+    while done < fragment.numel:
+        start = fragment.param_start + done
+        numel = min(fragment.numel - done, INDEX_BLOCK - start % INDEX_BLOCK)
+        pieces.append(fragment.narrow(done, numel))
+        done += numel
+    return pieces
+
+
+def step_keys(base: Tensor, step: int) -> Tensor:
+    """Keys of the `step`-th applied step, on the device of `base` and without a copy from the host.
+
+    Args:
+        base: int32 [n, 3] from `base_keys`.
+        step: applied steps so far.
+
+    Returns:
+        int32 [n, 2]: increment, and odd multiplier, of the affine map; the piece's start is folded in.
+    """
+    weyl = (step * _WEYL) & 0xFFFFFFFF
+    signed = weyl - (1 << 32) if weyl >= 1 << 31 else weyl
+    increment = _finalise(base[:, 0] + signed)
+    multiplier = _finalise((base[:, 1] ^ increment) + signed) | 1
+    return torch.stack([increment + base[:, 2] * multiplier, multiplier], dim=1)
+
+
+def _finalise(x: Tensor) -> Tensor:
+    """Mix 32-bit words; the high bits of the result depend on every bit of `x`. int32 in and out; products wrap."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * _MULTIPLIER_1
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    return x * _MULTIPLIER_2
+
+
+def _bits(index: Tensor, key: Tensor) -> Tensor:
+    """32 uniform bits for every int32 `index`, under the int32 [2] `key`."""
+    return _finalise(index * key[1] + key[0])
+
+
+def bernoulli_mask(fragment: Fragment, seed: int, step: int, reserve_p: float, *, device: torch.device) -> Tensor:
+    """The mask of one fragment at one applied step, written plainly: the reference for `mask_kernel`.
+
+    Returns:
+        bool [fragment.numel], True = this element's gradient survives.
+    """
+    pieces = split_blocks(fragment)
+    keys = step_keys(base_keys(pieces, seed, device=device), step)
+    mask = torch.empty(fragment.numel, dtype=torch.bool, device=device)
+    done = 0
+    for piece, key in zip(pieces, keys, strict=True):
+        for begin in range(0, piece.numel, _TILE):
+            end = min(begin + _TILE, piece.numel)
+            index = torch.arange(begin, end, dtype=torch.int32, device=device)
+            torch.le(_bits(index, key), keep_limit(reserve_p), out=mask[done + begin : done + end])
+        done += piece.numel
+    return mask
+
+
+def random_scores(shard: FlatShard, seed: int) -> Tensor:
+    """fp32 1-D, laid out like `shard`: random finite numbers >= 0 for the eligible fragments, keyed by the element."""
+    scores = torch.zeros(shard.numel, dtype=torch.float32, device=shard.tensor.device)
+    for fragment in shard.eligible:
+        pieces = split_blocks(fragment)
+        for piece, key in zip(pieces, step_keys(base_keys(pieces, seed, device=scores.device), 0), strict=True):
+            index = torch.arange(piece.numel, dtype=torch.int32, device=scores.device)
+            piece.of(scores).copy_((_bits(index, key) & 0x3FFFFFFF).view(torch.float32))
+    return scores
+
+
+def _mask_and_scale(grad: Tensor, key: Tensor, limit: int, scale: float) -> Tensor:
+    index = torch.arange(grad.numel(), dtype=torch.int32, device=grad.device)
+    return grad.copy_(torch.where(_bits(index, key) <= limit, grad * scale, 0.0))
+
+
+def _eager_kernel(grad: Tensor, key: Tensor, limit: int, scale: float) -> None:
+    """Tiled, in place in three small buffers: unfused integer ops over a whole shard would be memory-bound."""
+    size = min(_TILE, grad.numel())
+    counter = torch.arange(size, dtype=torch.int32, device=grad.device)
+    word, scratch = torch.empty_like(counter), torch.empty_like(counter)
+    dropped = torch.empty(size, dtype=torch.bool, device=grad.device)
+    for begin in range(0, grad.numel(), _TILE):
+        tile = grad[begin : begin + _TILE]
+        n = tile.numel()
+        x, t = word[:n], scratch[:n]
+        torch.mul(counter[:n], key[1], out=x)
+        _finalise_(x.add_(key[0] + key[1] * begin), t)
+        tile.mul_(scale).masked_fill_(torch.gt(x, limit, out=dropped[:n]), 0.0)
+
+
+def _finalise_(x: Tensor, scratch: Tensor) -> None:
+    """`_finalise` in place."""
+    for shift, multiplier in ((16, _MULTIPLIER_1), (15, _MULTIPLIER_2)):
+        torch.bitwise_right_shift(x, shift, out=scratch)
+        x.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1)).mul_(multiplier)
+
+
+@functools.cache
+def mask_kernel(device_type: str, dtype: torch.dtype, *, allow_compile: bool = True) -> MaskKernel:
+    """The fastest mask kernel that works for gradients of `dtype` on `device_type`; warns once if that is the eager one.
+
+    Compiles, and checks against the eager kernel, on first use for a device type and dtype.
+    """
+    if not allow_compile:
+        return _eager_kernel
+    try:
+        compiled = torch.compile(_mask_and_scale, fullgraph=True, dynamic=True)
+
+        def fused(grad: Tensor, key: Tensor, limit: int, scale: float) -> None:
+            compiled(grad, key, limit, scale)
+
+        _check_kernel(fused, torch.device(device_type), dtype)
+    except Exception as error:
+        warnings.warn(
+            f"ChildTuning-F: torch.compile found no working compiler for {device_type} ({_first_line(error)}); masks are"
+            " drawn by the slower eager kernel, with the same bits. Remedy: install a C++ compiler (CPU) or Triton (GPU).",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return _eager_kernel
+    return fused
+
+
+def _check_kernel(kernel: MaskKernel, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise unless `kernel` gives the eager kernel's bits on a gradient with several sizes and a scalar tail."""
+    key = torch.tensor([0x1234567, -0x7654321], dtype=torch.int32, device=device)
+    for numel in (2, 4099):
+        grad = torch.linspace(-1, 1, numel, dtype=torch.float32, device=device).to(dtype)
+        got, expected = grad.clone(), grad.clone()
+        kernel(got, key, keep_limit(0.3), 1 / 0.3)
+        _eager_kernel(expected, key, keep_limit(0.3), 1 / 0.3)
+        if not torch.equal(got, expected):
+            raise RuntimeError("the compiled kernel's bits differ from the eager kernel's")
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"

@@ -1,0 +1,130 @@
+"""What happens to a flat shard around the base optimizer's step. One class for each way of training a child."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_childtune.masks import MaskKernel, base_keys, bernoulli_mask, keep_limit, mask_kernel, split_blocks, step_keys
+from ds_childtune.shards import FlatShard, Fragment
+from ds_childtune.weight_decay import decay_gradient_, decay_style, decay_weights_
+
+Group = dict[str, Any]
+"""One of a torch optimizer's `param_groups`."""
+
+
+class TaskFreeChild:
+    """ChildTuning-F: g <- g * M / p, with a fresh Bernoulli(p) mask M at every applied step."""
+
+    def __init__(self, shards: Sequence[FlatShard], *, seed: int, reserve_p: float) -> None:
+        self._seed = seed
+        self._reserve_p = reserve_p
+        self._limit = keep_limit(reserve_p)
+        self._pieces = {s.tensor: [piece for f in s.eligible for piece in split_blocks(f)] for s in shards}
+        self._keys: dict[tuple[Tensor, torch.device], Tensor] = {}
+
+    def before_step(
+        self, optimizer: torch.optim.Optimizer, group: Group, shards: Sequence[FlatShard], step: int
+    ) -> None:
+        for shard in shards:
+            grad = shard.flat_grad()
+            pieces = self._pieces[shard.tensor]
+            if grad is not None and pieces:
+                keys = step_keys(self._base_keys(shard.tensor, grad.device), step)
+                kernel: MaskKernel = mask_kernel(grad.device.type, grad.dtype)
+                for piece, key in zip(pieces, keys.unbind(0), strict=True):
+                    kernel(piece.of(grad), key, self._limit, 1.0 / self._reserve_p)
+
+    def after_step(self) -> None:
+        pass
+
+    def mask(self, fragment: Fragment, device: torch.device, step: int) -> Tensor:
+        """bool [fragment.numel]: what the `step`-th applied step uses for an eligible fragment."""
+        return bernoulli_mask(fragment, self._seed, step, self._reserve_p, device=device)
+
+    def _base_keys(self, tensor: Tensor, device: torch.device) -> Tensor:
+        if (tensor, device) not in self._keys:
+            self._keys[tensor, device] = base_keys(self._pieces[tensor], self._seed, device=device)
+        return self._keys[tensor, device]
+
+
+@dataclass
+class _Restore:
+    group: Group
+    weight_decay: float
+
+
+class DenseChild:
+    """ChildTuning-D with moments for every element: g <- 0 outside the child, and decay inside it alone.
+
+    See [Note: decay inside the child]. Stale moments are cleared when the child is chosen, so that nothing outside it moves.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[FlatShard],
+        masks: Sequence[Tensor],
+        optimizer: torch.optim.Optimizer,
+        *,
+        decay_outside: bool,
+    ) -> None:
+        """
+        Args:
+            masks: bool 1-D, one for each shard; True = inside the child, or not eligible.
+            decay_outside: leave weight decay to the base optimizer, which moves every element (`compat: "original"`).
+        """
+        self._decay_outside = decay_outside
+        self._frozen: dict[Tensor, Tensor | None] = {}
+        """By flat shard: bool 1-D, True = outside the child; None where the whole shard is inside."""
+        for shard, mask in zip(shards, masks, strict=True):
+            self._frozen[shard.tensor] = None if bool(mask.all()) else ~mask
+            self._clear_state(optimizer, shard.tensor)
+        self._restore: list[_Restore] = []
+
+    def before_step(
+        self, optimizer: torch.optim.Optimizer, group: Group, shards: Sequence[FlatShard], step: int
+    ) -> None:
+        if all(self._frozen[s.tensor] is None for s in shards):
+            return
+        style = "none" if self._decay_outside else decay_style(optimizer, group)
+        for shard in shards:
+            grad = shard.flat_grad()
+            if grad is None:
+                continue
+            frozen = self._frozen[shard.tensor]
+            if style == "decoupled":
+                decay_weights_(shard.flat(), frozen, 1 - group["lr"] * group["weight_decay"])
+            elif style == "l2":
+                decay_gradient_(grad, shard.flat(), group)
+            if frozen is not None:
+                grad.masked_fill_(frozen, 0.0)
+        if style != "none":
+            self._restore.append(_Restore(group, group["weight_decay"]))
+            group["weight_decay"] = 0.0
+
+    def after_step(self) -> None:
+        for restore in self._restore:
+            restore.group["weight_decay"] = restore.weight_decay
+        self._restore.clear()
+
+    def frozen(self, tensor: Tensor) -> Tensor | None:
+        """bool 1-D: True = outside the child; None where the whole flat shard is inside."""
+        return self._frozen[tensor]
+
+    def mask(self, tensor: Tensor, fragment: Fragment) -> Tensor:
+        """bool [fragment.numel]: True = trained."""
+        frozen = self._frozen[tensor]
+        if frozen is None:
+            return torch.ones(fragment.numel, dtype=torch.bool, device=tensor.device)
+        return ~fragment.of(frozen)
+
+    def _clear_state(self, optimizer: torch.optim.Optimizer, tensor: Tensor) -> None:
+        frozen = self._frozen[tensor]
+        if frozen is not None:
+            for value in optimizer.state.get(tensor, {}).values():
+                if isinstance(value, Tensor) and value.shape == tensor.shape:
+                    value.view(-1).masked_fill_(frozen.to(value.device), 0)

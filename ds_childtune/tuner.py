@@ -1,0 +1,374 @@
+"""`attach`, the one verb, and the `ChildTuner` that it returns: where the pure parts and DeepSpeed's engine meet."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from deepspeed.utils import log_dist
+from torch import Tensor
+
+from ds_childtune import _zero
+from ds_childtune._calibration import LossFunction, default_loss, estimate_fisher
+from ds_childtune._ranks import check_same, device, gather_objects, raising_together, sum_over_ranks
+from ds_childtune.config import ChildTuningConfig, parse_config
+from ds_childtune.eligible import eligible_names
+from ds_childtune.fisher import Fisher
+from ds_childtune.masks import random_scores
+from ds_childtune.policies import DenseChild, TaskFreeChild
+from ds_childtune.report import ParameterReport, Report
+from ds_childtune.selection import BadScores, Cut, Scores, find_cut, mark_inside, reverse_order
+from ds_childtune.self_check import SelfCheck, judge
+from ds_childtune.shards import FlatShard, Fragment, mark_eligible
+from ds_childtune.weight_decay import decay_style
+
+
+def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = None) -> ChildTuner:
+    """Make `engine` train a child network. A collective: call it on every rank, after `deepspeed.initialize`.
+
+    ChildTuning-F acts from the next step on; ChildTuning-D needs `select` first.
+
+    Args:
+        engine: what `deepspeed.initialize` returned.
+        config: replaces the `"child_tuning"` block of the DeepSpeed config.
+
+    Raises:
+        ValueError: for a wrong config; on every rank, naming key, value and remedy.
+        NotImplementedError: for a set-up that is not supported; on every rank, with a remedy.
+        RuntimeError: when the engine has a child already.
+    """
+    with raising_together():
+        if getattr(engine, "child_tuner", None) is not None:
+            raise RuntimeError("attach: this engine has a ChildTuner already. Remedy: call its detach() first.")
+        parsed = parse_config(config if config is not None else engine.config.get("child_tuning"))
+        _zero.refuse_unsupported(engine)
+        parameters = _zero.read_parameters(engine)
+        eligible = eligible_names(engine.module, tuple(parameters.by_name), parsed)
+        shards = mark_eligible(_zero.read_flat_shards(engine, parameters), eligible)
+        if parsed.mode == "ChildTuning-D" and parsed.compat is None:
+            for group in engine.basic_optimizer.param_groups:
+                decay_style(engine.basic_optimizer, group)
+    check_same(parsed.model_dump_json(), "child_tuning")
+    check_same(repr(sorted(parameters.shapes.items())), "the model's parameter names and shapes")
+    return ChildTuner(engine, parsed, parameters, eligible, shards)
+
+
+class ChildTuner:
+    """A child network on a DeepSpeed engine. Made by `attach`.
+
+    The life of a ChildTuner, in phases:
+
+    1. `attach` reads where every gradient element lives and hooks the base optimizer's `step`.
+    2. ChildTuning-D: `select` runs the Fisher pass and fixes the child. Stepping before that is an error.
+    3. Training. Before each `step` of the base optimizer the gradients of its flat shards are masked.
+    4. `detach` removes the hooks: plain DeepSpeed again, bitwise.
+    """
+
+    config: ChildTuningConfig
+
+    step: int
+    """Applied optimizer steps since `attach`; steps that DeepSpeed skips for an overflow do not count."""
+
+    def __init__(
+        self,
+        engine: Any,
+        config: ChildTuningConfig,
+        parameters: _zero.Parameters,
+        eligible: frozenset[str],
+        shards: tuple[FlatShard, ...],
+    ) -> None:
+        self.engine = engine
+        self.config = config
+        self.step = 0
+        self._parameters = parameters
+        self._eligible = eligible
+        self._shards = shards
+        self._shard_of = {s.tensor: s for s in shards}
+        self._stepped: set[Tensor] = set()
+        """Flat shards that the base optimizer has stepped in the current applied step."""
+        self._self_check: SelfCheck | None = None
+        self._report: Report | None = None
+        self._policy: TaskFreeChild | DenseChild | None = None
+        if config.mode == "ChildTuning-F":
+            self._policy = TaskFreeChild(shards, seed=config.seed, reserve_p=config.reserve_p)
+        base = engine.basic_optimizer
+        self._handles = [
+            base.register_step_pre_hook(self._before_step),
+            base.register_step_post_hook(self._after_step),
+        ]
+        self._steps_at_attach = _zero.applied_steps(engine)
+        self._handles.append(engine.module.register_forward_pre_hook(self._check_that_hooks_fired))
+        engine.child_tuner = self
+        log_dist(self._eligibility(), ranks=[0])
+
+    # ---------------------------------------------------------------- ChildTuning-D
+
+    def estimate_fisher(self, batches: Iterable[Any], loss_fn: LossFunction | None = None) -> Fisher:
+        """Empirical Fisher information of the eligible parameters. A collective; the engine is as before afterwards.
+
+        Args:
+            batches: this rank's micro-batches; ranks may have different numbers of them, but each at least one. A mapping is
+                passed as `engine(**batch)`, a sequence as `engine(*batch)`; the output has `.loss` or is the loss.
+            loss_fn: `loss_fn(engine, batch) -> scalar loss`, for anything else.
+
+        Raises:
+            ValueError, RuntimeError: on every rank; see `select`.
+        """
+        self._check_attached()
+        return estimate_fisher(
+            self.engine,
+            self._parameters,
+            self._shards,
+            self._eligible,
+            batches,
+            self.config.fisher,
+            loss_fn or default_loss,
+        )
+
+    def gather_fisher(self, fisher: Fisher, name: str) -> Tensor:
+        """fp32 of the eligible parameter's full shape, on every rank. A collective."""
+        name = self._eligible_name(name)
+        values = [(f, f.of(total)) for s, total in zip(self._shards, fisher.shards, strict=True) for f in s.fragments]
+        return self._gather(name, values, torch.float32)
+
+    def select(self, batches: Iterable[Any] | None = None, loss_fn: LossFunction | None = None) -> Report:
+        """Fix the child: exactly round(reserve_p * eligible) elements with the largest scores. A collective.
+
+        Args:
+            batches: calibration micro-batches, see `estimate_fisher`; may be None for a selector that needs none.
+            loss_fn: see `estimate_fisher`.
+
+        Raises:
+            ValueError: on every rank, for no batches, NaN or inf, or an eligible parameter that never got a gradient.
+            RuntimeError: on every rank, with ChildTuning-F, between a micro-batch and its step, or when `batches` raises.
+        """
+        if self.config.mode != "ChildTuning-D":
+            raise RuntimeError(
+                'select: mode "ChildTuning-F" draws its child at every step. Remedy: do not call select.'
+            )
+        self._check_attached()
+        started = time.perf_counter()
+        scores, terms = self._scores(batches, loss_fn)
+        scored = time.perf_counter()
+        masks, cut = self._choose(scores)
+        del scores
+        self._policy = DenseChild(
+            self._shards, masks, self.engine.basic_optimizer, decay_outside=self.config.compat == "original"
+        )
+        self._self_check = SelfCheck()
+        chosen = time.perf_counter()
+        self._report = Report(
+            self.config.mode,
+            self.config.reserve_p,
+            self._count(self._fragment_masks(self._policy)),
+            fisher_seconds=scored - started if terms else 0.0,
+            selection_seconds=chosen - scored,
+            calibration_batches=terms,
+            threshold=cut.threshold,
+        )
+        log_dist(str(self._report), ranks=[0])
+        return self._report
+
+    def _scores(self, batches: Iterable[Any] | None, loss_fn: LossFunction | None) -> tuple[list[Tensor], int]:
+        """What the selector maximises: fp32 1-D, one for each flat shard; and the terms of Fisher's mean."""
+        selector = self.config.selector
+        if selector == "magnitude":
+            return [s.flat().abs().float() for s in self._shards], 0
+        if selector == "random":
+            return [random_scores(s, self.config.seed) for s in self._shards], 0
+        with raising_together():
+            if batches is None:
+                raise ValueError(
+                    f'select: expected calibration batches for selector "{selector}", got None.'
+                    " Remedy: pass an iterable of micro-batches of the task's training set."
+                )
+        assert batches is not None
+        fisher = self.estimate_fisher(batches, loss_fn)
+        if selector == "lowest_fisher":
+            for score in fisher.shards:
+                reverse_order(score)
+        return fisher.shards, fisher.terms
+
+    def _choose(self, scores: Sequence[Tensor]) -> tuple[list[Tensor], Cut]:
+        """The child's mask for each flat shard: bool 1-D, True outside eligible fragments too."""
+        fragments = [
+            Scores(f.name, f.param_start, f.of(score), f.counted)
+            for shard, score in zip(self._shards, scores, strict=True)
+            for f in shard.eligible
+        ]
+        eligible = sum(self._parameters.shapes[name].numel() for name in self._eligible)
+        k = round(self.config.reserve_p * eligible)
+        if k == 0:
+            raise ValueError(
+                f"child_tuning.reserve_p: {self.config.reserve_p} of {eligible} eligible elements rounds to none."
+                " Remedy: raise it, or make more parameters eligible."
+            )
+        try:
+            cut = find_cut(fragments, sorted(self._eligible), k, sum_over_ranks, device())
+        except BadScores as bad:
+            names = sorted(set().union(*gather_objects(bad.names)))
+            raise ValueError(
+                f"child selection: expected finite scores >= 0, got NaN, inf or negative ones in {', '.join(names[:5])}."
+                " Remedy: look for overflowing gradients in the calibration batches, or lower fisher.max_grad_norm."
+            ) from None
+        masks = [torch.ones(s.numel, dtype=torch.bool, device=s.tensor.device) for s in self._shards]
+        places = [f.of(mask) for shard, mask in zip(self._shards, masks, strict=True) for f in shard.eligible]
+        for fragment, place in zip(fragments, places, strict=True):
+            mark_inside(fragment, cut, place)
+        return masks, cut
+
+    # ---------------------------------------------------------------- inspection
+
+    def gather_mask(self, name: str) -> Tensor:
+        """The child's mask of one parameter: bool of its full shape, True = trained, on every rank. A collective.
+
+        For ChildTuning-F, the mask that the next applied step will use. Dense parameters are True throughout, frozen ones False.
+
+        Raises:
+            ValueError: on every rank, for a name that the model does not have.
+            RuntimeError: on every rank, before `select`.
+        """
+        first = self._first_name(name)
+        policy = self._chosen_policy()
+        shape = self._parameters.shapes[first]
+        if first not in self._eligible:
+            return torch.full(shape, first in self._parameters.by_name, dtype=torch.bool, device=device())
+        if isinstance(policy, TaskFreeChild):
+            whole = Fragment(first, 0, 0, shape.numel())
+            return policy.mask(whole, device(), self.step).view(shape)
+        return self._gather(first, self._fragment_masks(policy), torch.uint8).bool()
+
+    def report(self) -> Report:
+        """Eligible and kept elements and density, per parameter and in total. A collective.
+
+        For ChildTuning-F, those of the mask that the next applied step will use.
+        """
+        policy = self._chosen_policy()
+        if isinstance(policy, TaskFreeChild):
+            masks = [(f, policy.mask(f, device(), self.step)) for s in self._shards for f in s.eligible if f.counted]
+            return Report(self.config.mode, self.config.reserve_p, self._count(masks))
+        assert self._report is not None
+        return self._report
+
+    def _fragment_masks(self, child: DenseChild) -> list[tuple[Fragment, Tensor]]:
+        """Every fragment with its bool mask."""
+        return [(f, child.mask(s.tensor, f)) for s in self._shards for f in s.fragments]
+
+    def _count(self, masks: Iterable[tuple[Fragment, Tensor]]) -> tuple[ParameterReport, ...]:
+        """Kept elements of every trainable parameter. A collective."""
+        position = {name: i for i, name in enumerate(self._parameters.by_name)}
+        kept = torch.zeros(len(position), dtype=torch.int64, device=device())
+        for fragment, mask in masks:
+            if fragment.counted and fragment.eligible:
+                kept[position[fragment.name]] += mask.sum().to(kept.device)
+        sum_over_ranks(kept)
+        return tuple(
+            ParameterReport(name, numel, numel if name in self._eligible else 0, count)
+            for (name, count) in zip(position, kept.tolist(), strict=True)
+            for numel in [self._parameters.shapes[name].numel()]
+        )
+
+    def _gather(self, name: str, values: Iterable[tuple[Fragment, Tensor]], dtype: torch.dtype) -> Tensor:
+        """One parameter's values, whole, on every rank. Each element is counted once, so a sum puts them together."""
+        shape = self._parameters.shapes[name]
+        whole = torch.zeros(shape.numel(), dtype=dtype, device=device())
+        for fragment, value in values:
+            if fragment.name == name and fragment.counted:
+                whole[fragment.param_start : fragment.param_start + fragment.numel] = value.to(whole.device, dtype)
+        sum_over_ranks(whole)
+        return whole.view(shape)
+
+    def _first_name(self, name: str) -> str:
+        if name not in self._parameters.aliases:
+            close = difflib.get_close_matches(name, self._parameters.aliases, n=3, cutoff=0)
+            raise ValueError(
+                f"expected the name of a parameter, got {name!r}. Remedy: use for example {', '.join(close)}."
+            )
+        return self._parameters.aliases[name]
+
+    def _eligible_name(self, name: str) -> str:
+        first = self._first_name(name)
+        if first not in self._eligible:
+            raise ValueError(f"expected an eligible parameter, got {name!r}, which is dense or frozen.")
+        return first
+
+    def _eligibility(self) -> str:
+        dense = [n for n in self._parameters.by_name if n not in self._eligible]
+        count = sum(self._parameters.shapes[n].numel() for n in self._eligible)
+        names = sorted(self._eligible)
+        return (
+            f"{self.config.mode} attached, reserve_p {self.config.reserve_p}: {count:,} elements in {len(names)} parameters"
+            f" are eligible ({names[0]} .. {names[-1]}); {len(dense)} parameters train dense"
+            f" ({', '.join(dense[:4])}{', ...' if len(dense) > 4 else ''})"
+        )
+
+    # ---------------------------------------------------------------- around the base optimizer's step
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        policy = self._chosen_policy()
+        for group in optimizer.param_groups:
+            shards = [self._known(tensor) for tensor in group["params"]]
+            if shards:
+                policy.before_step(optimizer, group, shards, self.step)
+            if self._self_check is not None and isinstance(policy, DenseChild):
+                for shard in shards:
+                    self._self_check.before_step(shard, policy.frozen(shard.tensor))
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        policy = self._chosen_policy()
+        policy.after_step()
+        if self._self_check is not None:
+            self._self_check.after_step(max(float(group["lr"]) for group in optimizer.param_groups))
+        self._stepped.update(tensor for group in optimizer.param_groups for tensor in group["params"])
+        if len(self._stepped) == len(self._shards):
+            self._stepped.clear()
+            self.step += 1
+            self._judge()
+
+    def _judge(self) -> None:
+        """End the self-check when it has passed. A collective, in the first applied steps alone."""
+        if self._self_check is None:
+            return
+        verdict = self._self_check.verdict(device())
+        sum_over_ranks(verdict)
+        self._self_check = None if judge(verdict.tolist()) else SelfCheck()
+
+    def _known(self, tensor: Tensor) -> FlatShard:
+        shard = self._shard_of.get(tensor)
+        if shard is None:
+            raise RuntimeError(
+                f"the base optimizer steps a tensor of {tensor.numel()} elements that was not there at attach."
+                " Remedy: call detach() and attach(engine) again after changing the model or the optimizer."
+            )
+        return shard
+
+    def _check_that_hooks_fired(self, *_: object) -> None:
+        """Once, before the first forward pass after a step that DeepSpeed says it applied: it must have come by here."""
+        if self.step == 0 and _zero.applied_steps(self.engine) > self._steps_at_attach:
+            raise RuntimeError(
+                "ds_childtune self-check: DeepSpeed applied a step, but its base optimizer's step hooks did not fire, so no"
+                f" mask acted. Remedy: report this set-up ({type(self.engine.optimizer).__name__} around"
+                f" {type(self.engine.basic_optimizer).__name__}); until then it is not supported."
+            )
+
+    def _chosen_policy(self) -> TaskFreeChild | DenseChild:
+        if self._policy is None:
+            raise RuntimeError(
+                "ChildTuning-D has no child yet. Remedy: call child.select(calibration_batches) before training and before"
+                " asking for masks."
+            )
+        return self._policy
+
+    def _check_attached(self) -> None:
+        if not self._handles:
+            raise RuntimeError("this ChildTuner is detached. Remedy: call attach(engine) again.")
+
+    def detach(self) -> None:
+        """Remove every hook: the engine is plain DeepSpeed again. The base optimizer's state stays as it is."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.engine.child_tuner = None
