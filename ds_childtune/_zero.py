@@ -111,6 +111,15 @@ def refuse_unsupported(engine: Engine) -> None:
             raise NotImplementedError(f"ds_childtune does not support {what}. Remedy: {remedy}.")
 
 
+def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
+    """The optimizer that steps flat shards.
+
+    Not always `engine.basic_optimizer`: ZeRO builds a second Adagrad, whose state exists from its construction on.
+    """
+    base: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.basic_optimizer)
+    return base
+
+
 def read_parameters(engine: Engine) -> Parameters:
     """The model's parameters, by name."""
     first: dict[int, str] = {}
@@ -236,7 +245,7 @@ class _Snapshot:
         snapshot.values = {a: getattr(optimizer, a) for a in cls._ATTRIBUTES if hasattr(optimizer, a)}
         scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
         snapshot.loss_scaler = dict(vars(scaler)) if scaler is not None else None
-        snapshot.state_keys = {id(p) for p in engine.basic_optimizer.state}
+        snapshot.state_keys = {id(p) for p in base_optimizer(engine).state}
         return snapshot
 
     def restore(self, engine: Engine) -> None:
@@ -246,7 +255,7 @@ class _Snapshot:
         if scaler is not None and self.loss_scaler is not None:
             vars(scaler).update(self.loss_scaler)
         # ZeRO 1 and 2 look up the base optimizer's state after a step, and its defaultdict then makes empty entries.
-        state = engine.basic_optimizer.state
+        state = base_optimizer(engine).state
         for tensor in [t for t in state if id(t) not in self.state_keys]:
             del state[tensor]
         _clear_gradients(engine)
@@ -262,7 +271,7 @@ def _clear_gradients(engine: Engine) -> None:
     partitions = getattr(optimizer, "grad_partitions_flat_buffer", None)
     if partitions is not None:
         partitions.zero_()
-    for group in engine.basic_optimizer.param_groups:
+    for group in base_optimizer(engine).param_groups:
         for tensor in group["params"]:
             if tensor.grad is not None:
                 tensor.grad.zero_()
@@ -285,7 +294,8 @@ def calibration(engine: Engine, receive: Callable[[list[Tensor]], None]) -> Iter
             "ds_childtune cannot run a Fisher pass with managed_gradient_accumulation: false."
             " Remedy: leave DeepSpeed in charge of gradient accumulation."
         )
-    optimizer, base = engine.optimizer, engine.basic_optimizer
+    optimizer: Any = engine.optimizer
+    base: Any = base_optimizer(engine)
     snapshot = _Snapshot.take(engine)
     patched = base.__dict__.get("step")
 

@@ -49,8 +49,8 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
         eligible = eligible_names(engine.module, tuple(parameters.by_name), parsed)
         shards = mark_eligible(_zero.read_flat_shards(engine, parameters), eligible)
         if parsed.mode == "ChildTuning-D" and parsed.compat is None:
-            for group in engine.basic_optimizer.param_groups:
-                decay_style(engine.basic_optimizer, group)
+            for group in _zero.base_optimizer(engine).param_groups:
+                decay_style(_zero.base_optimizer(engine), group)
     check_same(parsed.model_dump_json(), "child_tuning")
     check_same(repr(sorted(parameters.shapes.items())), "the model's parameter names and shapes")
     return ChildTuner(engine, parsed, parameters, eligible, shards)
@@ -94,7 +94,7 @@ class ChildTuner:
         self._policy: TaskFreeChild | DenseChild | None = None
         if config.mode == "ChildTuning-F":
             self._policy = TaskFreeChild(shards, seed=config.seed, reserve_p=config.reserve_p)
-        base = engine.basic_optimizer
+        base = _zero.base_optimizer(engine)
         self._handles = [
             base.register_step_pre_hook(self._before_step),
             base.register_step_post_hook(self._after_step),
@@ -156,7 +156,7 @@ class ChildTuner:
         masks, cut = self._choose(scores)
         del scores
         self._policy = DenseChild(
-            self._shards, masks, self.engine.basic_optimizer, decay_outside=self.config.compat == "original"
+            self._shards, masks, _zero.base_optimizer(self.engine), decay_outside=self.config.compat == "original"
         )
         # The original lets weight decay move the complement: there is nothing to check then.
         self._self_check = SelfCheck() if self.config.compat is None else None
@@ -352,7 +352,7 @@ class ChildTuner:
             raise RuntimeError(
                 "ds_childtune self-check: DeepSpeed applied a step, but its base optimizer's step hooks did not fire, so no"
                 f" mask acted. Remedy: report this set-up ({type(self.engine.optimizer).__name__} around"
-                f" {type(self.engine.basic_optimizer).__name__}); until then it is not supported."
+                f" {type(_zero.base_optimizer(self.engine)).__name__}); until then it is not supported."
             )
 
     def _chosen_policy(self) -> TaskFreeChild | DenseChild:
