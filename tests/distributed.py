@@ -1,0 +1,201 @@
+"""A few processes that run test functions together, for as many tests as there are.
+
+One spawn, many cases: `Ranks` starts its processes once and then runs one function at a time on all of them. A test
+calls `ranks.run(function, ...)` and gets what the function returned on each rank; what is proven is asserted by the test
+itself, in pytest's process. World size 1 takes the same path.
+
+A rank that raises, dies or hangs fails the running test alone: its traceback (for a hang, its stack) is in the failure, the
+processes are killed, and the next test starts fresh ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import logging
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+T = TypeVar("T")
+
+CASE_SECONDS = 300.0
+"""A case that is not done by then hangs. Far above what any of them takes, the first use of a compiled op included."""
+
+GRACE_SECONDS = 20.0
+"""How long the other ranks may go on once one has failed; they often wait for it in a collective."""
+
+
+class RankFailure(Exception):
+    """A test function failed, died or hung on some rank."""
+
+
+class Ranks:
+    """`world_size` processes in one gloo process group, each of them ready to run a function."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._processes: list[Any] = []
+        self._pipes: list[connection.Connection] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def run(self, function: Callable[..., T], /, *args: Any, seconds: float = CASE_SECONDS, **kwargs: Any) -> list[T]:
+        """Call a module-level function on every rank at once, and return what each of them returned.
+
+        Raises:
+            RankFailure: with every rank's traceback, exit code or stack, when one of them did not return in time.
+        """
+        if not self._processes:
+            self._start()
+        job = pickle.dumps((function, args, kwargs))
+        for pipe in self._pipes:
+            pipe.send_bytes(job)
+        answers, troubles = self._answers(seconds)
+        if troubles:
+            self._kill()
+            lines = [f"rank {rank} of {self.world_size}: {trouble}" for rank, trouble in sorted(troubles.items())]
+            raise RankFailure("\n".join([f"{function.__module__}.{function.__qualname__} failed", *lines]))
+        return [answers[rank] for rank in range(self.world_size)]
+
+    def _answers(self, seconds: float) -> tuple[dict[int, T], dict[int, str]]:
+        """What the ranks returned, and what went wrong on those that returned nothing."""
+        answers: dict[int, Any] = {}
+        troubles: dict[int, str] = {}
+        pending = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        deadline = time.monotonic() + seconds
+        while pending:
+            ready = connection.wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for pipe in ready:
+                assert isinstance(pipe, connection.Connection)
+                rank = pending.pop(pipe)
+                try:
+                    failed, answer = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    failed, answer = True, f"died\n{self._stderr(rank)}"
+                if failed:
+                    troubles[rank] = answer
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+                else:
+                    answers[rank] = answer
+        for rank in pending.values():
+            troubles[rank] = f"did not return; its stack:\n{self._stack(rank)}"
+        return answers, troubles
+
+    def _start(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        context = torch.multiprocessing.get_context("spawn")
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            arguments = (rank, self.world_size, self._folder.name, theirs)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def close(self) -> None:
+        """End the processes, in order: each destroys its process group."""
+        for pipe in self._pipes:
+            pipe.send_bytes(pickle.dumps(None))
+        for process in self._processes:
+            process.join(timeout=GRACE_SECONDS)
+        codes = [process.exitcode for process in self._processes]
+        self._kill()
+        if any(codes):
+            raise RankFailure(f"exit codes of {self.world_size} ranks after the last case: {codes}")
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes.clear()
+        self._pipes.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _stack(self, rank: int) -> str:
+        """Where a rank that hangs is. Its faulthandler writes that when asked to, and then ends it."""
+        process = self._processes[rank]
+        os.kill(process.pid, signal.SIGABRT)
+        process.join(timeout=GRACE_SECONDS)
+        return self._stderr(rank)
+
+    def _stderr(self, rank: int) -> str:
+        assert self._folder is not None
+        path = _stderr_path(self._folder.name, rank)
+        return path.read_text()[-6000:] if path.exists() else "(it had not started)"
+
+
+def _stderr_path(folder: str, rank: int) -> Path:
+    return Path(folder) / f"stderr-{rank}"
+
+
+def _serve(rank: int, world_size: int, folder: str, pipe: connection.Connection) -> None:
+    """The life of one process: join the group, run what comes, leave the group."""
+    with _stderr_path(folder, rank).open("w", buffering=1) as stderr:
+        os.dup2(stderr.fileno(), 2)
+        faulthandler.enable()
+        _set_environment(rank, world_size)
+        # DeepSpeed would compile its shared-memory op, for a collective that training does not use.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        store = dist.FileStore(str(Path(folder) / "store"), world_size)
+        # Longer than any case: it is the parent who notices a hang, and says where.
+        limit = timedelta(seconds=10 * CASE_SECONDS)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+        while (job := pickle.loads(pipe.recv_bytes())) is not None:
+            pipe.send_bytes(_outcome(*job))
+        dist.destroy_process_group()
+
+
+def _outcome(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+    """Pickled (failed, result or traceback) of one call."""
+    try:
+        return pickle.dumps((False, function(*args, **kwargs)))
+    except BaseException:
+        return pickle.dumps((True, traceback.format_exc()))
+    finally:
+        gc.collect()
+
+
+def _set_environment(rank: int, world_size: int) -> None:
+    """What a launcher would set, and silence."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"LOCAL_SIZE": str(world_size), "DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1"}
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+
+
+class RankPool:
+    """The `Ranks` of every world size that tests have asked for."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[int, Ranks] = {}
+
+    def __getitem__(self, world_size: int) -> Ranks:
+        return self._ranks.setdefault(world_size, Ranks(world_size))
+
+    def close(self) -> None:
+        """End all of them."""
+        with contextlib.ExitStack() as stack:
+            for ranks in self._ranks.values():
+                stack.callback(ranks.close)
