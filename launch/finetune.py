@@ -66,6 +66,9 @@ class Arguments:
     eval_split: Annotated[str, _help("Split to evaluate on.")] = "validation"
     train_file: Annotated[Path | None, _help("json, jsonl, csv, tsv, parquet or txt; replaces --data.")] = None
     eval_file: Annotated[Path | None, _help("The same, to evaluate on.")] = None
+    also_eval: Annotated[
+        list[str] | None, _help("NAME=FILE of another domain with the same labels; may be given again.")
+    ] = None
     text_columns: Annotated[str | None, _help("One column, or two with a comma; guessed when absent.")] = None
     label_column: Annotated[str, _help("Column of the label.")] = "label"
     train_limit: Annotated[int | None, _help("Train on so many examples, after a seeded shuffle.")] = None
@@ -243,6 +246,8 @@ class Data:
 
     train: Dataset
     eval: Dataset
+    others: dict[str, Dataset]
+    """`--also-eval`, by its names."""
     labels: tuple[str, ...]
     """Names of the classes; empty for regression and language modelling."""
 
@@ -275,7 +280,13 @@ def load_data(args: Arguments, tokenizer: Any) -> Data:
             )
         return rows
 
-    return Data(tokenized(train, "train"), tokenized(held_out, "eval"), tuple(names))
+    others = {}
+    for name, _, file in (other.partition("=") for other in args.also_eval or ()):
+        rows = read_file(Path(file))
+        if labels:
+            class_labels(args, train, rows)
+        others[name] = tokenized(rows, name)
+    return Data(tokenized(train, "train"), tokenized(held_out, "eval"), others, tuple(names))
 
 
 def load_splits(args: Arguments) -> tuple[Dataset, Dataset]:
@@ -593,6 +604,9 @@ def run(args: Arguments) -> dict[str, Any]:
     train_loss = train(engine, data.train, collate, steps, args.seed)
     seconds = {"training": time.perf_counter() - trained}
     metrics = evaluate(engine, args.task, data.eval, collate, args.eval_batch_size)
+    others = {
+        name: evaluate(engine, args.task, rows, collate, args.eval_batch_size) for name, rows in data.others.items()
+    }
     if args.output is not None:
         save(engine, tokenizer, args.output)
 
@@ -605,6 +619,7 @@ def run(args: Arguments) -> dict[str, Any]:
     result = {
         "method": config.get("child_tuning", {}).get("mode", "plain"),
         "metrics": metrics,
+        "also": others,
         "train_loss": train_loss,
         "density": report.density if report else 1.0,
         "steps": steps,
@@ -677,6 +692,9 @@ def summary(results: Sequence[dict[str, Any]]) -> Table:
         table.add_column(result["method"], justify="right")
     for metric in first["metrics"]:
         table.add_row(metric, *(f"{r['metrics'][metric]:.4f}" for r in results), style="bold")
+    for other, metrics in first["also"].items():
+        for metric in metrics:
+            table.add_row(f"{other}: {metric}", *(f"{r['also'][other][metric]:.4f}" for r in results))
     table.add_row("density", *(f"{r['density']:.4f}" for r in results))
     for phase in first["seconds"]:
         table.add_row(f"seconds: {phase}", *(f"{r['seconds'][phase]:.1f}" for r in results))
