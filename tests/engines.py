@@ -26,7 +26,9 @@ class Optimizer:
     """A base optimizer, by DeepSpeed's name for it."""
 
     type: str = "AdamW"
-    params: dict[str, Any] = field(default_factory=lambda: dict(lr=1e-2, eps=1e-3, weight_decay=0.1, torch_adam=True))
+    params: dict[str, Any] = field(
+        default_factory=lambda: {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1, "torch_adam": True}
+    )
 
 
 @dataclass(frozen=True)

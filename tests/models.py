@@ -92,7 +92,6 @@ def _llama(dropout: float) -> nn.Module:
         head_dim=2,
         max_position_embeddings=16,
         attention_dropout=dropout,
-        pad_token_id=0,
     )
     return transformers.LlamaForCausalLM(config)
 
