@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.distributed import RankPool
 
@@ -13,6 +14,8 @@ from tests.distributed import RankPool
 def pytest_configure(config: pytest.Config) -> None:
     """The suite runs on CPU with gloo, on any machine."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Oracles are tiny, and ranks run beside this process: threads that wait for one another would take their cores.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,9 @@ class Setup:
         if self.fp32_accumulation:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
         if self.schedule:
-            config["scheduler"] = {"type": "WarmupLR", "params": {"warmup_num_steps": 5, "warmup_type": "linear"}}
+            lr = self.optimizer.params["lr"]
+            warmup = {"warmup_min_lr": lr / 2, "warmup_max_lr": lr, "warmup_num_steps": 5, "warmup_type": "linear"}
+            config["scheduler"] = {"type": "WarmupLR", "params": warmup}
         return config
 
 

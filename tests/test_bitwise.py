@@ -2,141 +2,209 @@
 
 from __future__ import annotations
 
-import functools
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
-from tests.ranks import Case, run_cases, value
-from tests.test_parity import CALIBRATION, STEPS, config, full_weights, step_batches, tiny_gpt2
+import ds_childtune
+from tests.distributed import RankPool
+from tests.engines import Optimizer, Setup, Weights, engine_of, master_weights, model_weights, train_step
+from tests.models import batches, deal
+from tests.reference import distance
+from tests.test_parity import bits_equal
 
-WORLD_SIZE = 2
-
-
-def model_with_dropout() -> Any:
-    model = tiny_gpt2()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.1
-    return model
+P = 0.3
+STEPS = 4
+D = "ChildTuning-D"
 
 
-def engine_for(block: dict[str, Any], *, model: Any = None) -> Any:
-    import deepspeed
-
-    scheduler = {"type": "WarmupLR", "params": {"warmup_min_lr": 1e-3, "warmup_max_lr": 1e-2, "warmup_num_steps": 3}}
-    engine, *_ = deepspeed.initialize(model=model or model_with_dropout(), config={**block, "scheduler": scheduler})
-    return engine
-
-
-def run_steps(engine: Any, first: int, last: int) -> None:
-    import torch.distributed as dist
-
+def train(engine: Any, setup: Setup, first: int, last: int) -> None:
+    """The same steps in every run: dropout draws from a generator that is seeded by the step."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     for step in range(first, last):
-        for micro_batch in step_batches(step)[dist.get_rank() :: WORLD_SIZE]:
-            engine.backward(engine(**micro_batch).loss)
-            engine.step()
+        train_step(engine, deal(batches(setup.family, setup.accumulation * world_size, seed=step), rank, world_size))
 
 
-def counters(engine: Any) -> list[Any]:
-    return [engine.global_steps, engine.global_samples, engine.micro_steps, engine.skipped_steps, engine.get_lr()]
+def calibration(setup: Setup) -> list[Any]:
+    return deal(batches(setup.family, 3, seed=1000), dist.get_rank(), dist.get_world_size())
 
 
-def against_plain(stage: int, *, bf16: bool, detach: bool) -> float:
-    """Train plain DeepSpeed and a child that must not differ from it; returns how far training moved."""
-    import torch.distributed as dist
+def counters(engine: Any) -> dict[str, Any]:
+    """What a Fisher pass must leave alone."""
+    names = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+    scheduler = engine.lr_scheduler.state_dict() if engine.lr_scheduler else None
+    training = [module.training for module in engine.module.modules()]
+    return {n: getattr(engine, n) for n in names} | {
+        "lr": engine.get_lr(),
+        "lr_scheduler": scheduler,
+        "train": training,
+    }
 
-    import ds_childtune
 
-    block = config("ChildTuning-D", stage, WORLD_SIZE, offload=False)
-    block["bf16"] = {"enabled": bf16}
-    weights = []
+def random_states() -> tuple[list[int], int]:
+    return torch.get_rng_state().tolist(), int(np.random.get_state()[1].sum())  # type: ignore[index, union-attr]
+
+
+# ---------------------------------------------------------------- plain DeepSpeed
+
+
+@dataclass(frozen=True)
+class Run:
+    start: Weights
+    end: Weights
+    forward: Weights
+    """What the forward pass sees at the end."""
+    counters: dict[str, Any]
+
+
+def run_against_plain(setup: Setup, *, reserve_p: float, steps_before: int, detach: bool) -> tuple[Run, Run]:
+    """Plain DeepSpeed, and a child that must not differ from it: p = 1, or detached after `select`."""
+    runs = []
     for with_child in (False, True):
-        torch.manual_seed(1)
-        engine = engine_for(block)
-        engine.train()
-        if with_child:
-            settings = {"mode": "ChildTuning-D", "reserve_p": P_PART if detach else 1.0}
-            child = ds_childtune.attach(engine, settings)
-            before = counters(engine), torch.get_rng_state()
-            child.select(CALIBRATION[dist.get_rank() :: WORLD_SIZE])
-            assert counters(engine) == before[0]
-            assert torch.equal(torch.get_rng_state(), before[1])
-            if detach:
+        torch.manual_seed(1 + dist.get_rank())
+        with engine_of(setup) as engine:
+            start = master_weights(engine)
+            train(engine, setup, 0, steps_before)
+            if with_child:
+                child = ds_childtune.attach(engine, {"mode": D, "reserve_p": reserve_p})
+                before, drawn, weights = counters(engine), random_states(), master_weights(engine)
+                child.select(calibration(setup))
+                assert counters(engine) == before
+                assert random_states() == drawn
+                assert equal_bits(weights, master_weights(engine))
+                if detach:
+                    child.detach()
+            train(engine, setup, steps_before, STEPS)
+            if with_child and not detach:
                 child.detach()
-        run_steps(engine, 0, STEPS)
-        weights.append((full_weights(engine), counters(engine)))
-    (plain, plain_counters), (tuned, tuned_counters) = weights
-    assert plain_counters == tuned_counters
-    for name in plain:
-        assert torch.equal(plain[name], tuned[name]), name
-    start = dict(tiny_gpt2().named_parameters())
-    return max(float((plain[n] - start[n].detach()).norm()) for n in plain)
+            runs.append(Run(start, master_weights(engine), model_weights(engine), counters(engine)))
+    return runs[0], runs[1]
 
 
-P_PART = 0.3
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "AdamW": {"torch_adam": True, "eps": 1e-3},
-    "Adam": {"torch_adam": True, "eps": 1e-3, "adam_w_mode": False},
-    "SGD": {"momentum": 0.9},
-    "Adagrad": {"eps": 1e-3},
-    "RMSprop": {"eps": 1e-3, "momentum": 0.5},
+def equal_bits(a: Weights, b: Weights) -> bool:
+    return a.keys() == b.keys() and all(bits_equal(a[n].float(), b[n].float()) for n in a)
+
+
+DROPPING = Setup("gpt2", accumulation=2, clip=0.3, dropout=0.2, schedule=True, sub_group_size=700)
+PLAIN = {
+    **{f"zero{s}": replace(DROPPING, stage=s) for s in range(4)},
+    **{f"zero{s}-bf16": replace(DROPPING, stage=s, bf16=True) for s in range(4)},
+    **{f"zero{s}-offload": replace(DROPPING, stage=s, offload=True) for s in (1, 2, 3)},
+    "zero1-bf16-fp32_accumulation": replace(DROPPING, stage=1, bf16=True, fp32_accumulation=True),
+    "zero3-odd-persistent": replace(DROPPING, family="odd", stage=3, persistence_threshold=8, sub_group_size=20),
+    "zero2-t5": replace(DROPPING, family="t5", stage=2),
 }
 
 
-def complement(optimizer: str, stage: int) -> dict[str, Any]:
-    """Weights before and after, and masks, with weight decay on."""
-    import torch.distributed as dist
-
-    import ds_childtune
-
-    block = config("ChildTuning-D", stage, WORLD_SIZE, offload=False)
-    block["optimizer"] = {"type": optimizer, "params": {"lr": 1e-2, "weight_decay": 0.1, **OPTIMIZERS[optimizer]}}
-    engine = engine_for(block, model=tiny_gpt2())
-    child = ds_childtune.attach(engine)
-    # A dense past: stale moments must not move the complement either.
-    child.detach()
-    run_steps(engine, 0, 2)
-    child = ds_childtune.attach(engine)
-    child.select(CALIBRATION[dist.get_rank() :: WORLD_SIZE])
-    before = full_weights(engine)
-    run_steps(engine, 2, STEPS)
-    after = full_weights(engine)
-    masks = {p.name: child.gather_mask(p.name) for p in child.report().parameters}
-    return {"before": before, "after": after, "masks": masks}
+@pytest.mark.parametrize("name", PLAIN)
+def test_p_1_after_a_fisher_pass_is_plain_deepspeed(pool: RankPool, name: str) -> None:
+    check_plain(pool[2].run(run_against_plain, PLAIN[name], reserve_p=1.0, steps_before=0, detach=False))
 
 
-def make_cases() -> dict[str, Case]:
-    cases: dict[str, Case] = {}
-    for stage in (0, 1, 2, 3):
-        for bf16 in (False, True):
-            cases[f"p1-{stage}-{bf16}"] = functools.partial(against_plain, stage, bf16=bf16, detach=False)
-        cases[f"detach-{stage}"] = functools.partial(against_plain, stage, bf16=False, detach=True)
-    for optimizer in OPTIMIZERS:
-        for stage in (1, 3):
-            cases[f"{optimizer}-{stage}"] = functools.partial(complement, optimizer, stage)
-    return cases
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero2-bf16", "zero3-offload"])
+def test_detached_is_plain_deepspeed(pool: RankPool, name: str) -> None:
+    check_plain(pool[2].run(run_against_plain, PLAIN[name], reserve_p=P, steps_before=0, detach=True))
 
 
-@functools.cache
-def outcomes() -> dict[str, list[Any]]:
-    return run_cases(WORLD_SIZE, make_cases)
+@pytest.mark.parametrize("name", ["zero0-bf16", "zero2-offload", "zero3"])
+def test_p_1_in_the_middle_of_training_is_plain_deepspeed(pool: RankPool, name: str) -> None:
+    """Moments and stale gradient buffers of a dense past are as they were, too."""
+    check_plain(pool[2].run(run_against_plain, PLAIN[name], reserve_p=1.0, steps_before=2, detach=False))
 
 
-@pytest.mark.parametrize("name", [n for n in make_cases() if n.startswith(("p1", "detach"))])
-def test_bitwise_plain_deepspeed(name: str) -> None:
-    for moved in value(outcomes(), name):
-        assert moved > 1e-2, "vacuous: nothing moved"
+def check_plain(outcomes: list[tuple[Run, Run]]) -> None:
+    for plain, tuned in outcomes:
+        assert distance(plain.end, plain.start) > 0.1, "vacuous: nothing moved"
+        assert equal_bits(plain.end, tuned.end)
+        assert equal_bits(plain.forward, tuned.forward)
+        assert plain.counters == tuned.counters
 
 
-@pytest.mark.parametrize("name", [n for n in make_cases() if not n.startswith(("p1", "detach"))])
-def test_only_the_child_moves(name: str) -> None:
-    for result in value(outcomes(), name):
-        moved_inside: list[Tensor] = []
-        for parameter, mask in result["masks"].items():
-            moved = result["before"][parameter] != result["after"][parameter]
-            assert not bool((moved & ~mask).any()), parameter
-            moved_inside.append(moved[mask])
-        assert float(torch.cat(moved_inside).float().mean()) > 0.9
+# ---------------------------------------------------------------- the complement
+
+ADAM = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
+OPTIMIZERS = {
+    "AdamW": Optimizer(),
+    "Adam": Optimizer("Adam", {**ADAM, "torch_adam": True, "adam_w_mode": False}),
+    "FusedAdam": Optimizer("AdamW", ADAM),
+    "FusedAdam-L2": Optimizer("Adam", {**ADAM, "adam_w_mode": False}),
+    "SGD": Optimizer("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
+    "Adagrad": Optimizer("Adagrad", ADAM),
+    "RMSprop": Optimizer("RMSprop", {**ADAM, "momentum": 0.5}),
+}
+"""As DeepSpeed builds them without offload."""
+OFFLOADED = {
+    "DeepSpeedCPUAdam": Optimizer("AdamW", ADAM),
+    "DeepSpeedCPUAdam-L2": Optimizer("Adam", {**ADAM, "adam_w_mode": False}),
+    "DeepSpeedCPULion": Optimizer("Lion", {"lr": 1e-2, "weight_decay": 0.1}),
+    "DeepSpeedCPUAdagrad": Optimizer("Adagrad", ADAM),
+}
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Training before and after the child was chosen."""
+
+    optimizer: str
+    before: Weights
+    after: Weights
+    masks: Weights
+
+
+def run_complement(setup: Setup, **extra: Any) -> Moves:
+    """A dense past, whose moments must not move the complement; then a child."""
+    with engine_of(setup, **extra) as engine:
+        train(engine, setup, 0, 2)
+        child = ds_childtune.attach(engine, {"mode": D, "reserve_p": P})
+        child.select(calibration(setup))
+        before = master_weights(engine)
+        train(engine, setup, 2, 2 + STEPS)
+        masks = {p.name: child.gather_mask(p.name) for p in child.report().parameters}
+        moves = Moves(
+            type(getattr(engine.optimizer, "optimizer", engine.optimizer)).__name__,
+            before,
+            master_weights(engine),
+            masks,
+        )
+        child.detach()
+    return moves
+
+
+COMPLEMENT = [
+    *(
+        (name, Setup("gpt2", stage=stage, optimizer=o, sub_group_size=700))
+        for name, o in OPTIMIZERS.items()
+        for stage in (1, 3)
+    ),
+    *((name, Setup("gpt2", stage=0, optimizer=OPTIMIZERS[name])) for name in ("AdamW", "FusedAdam", "SGD")),
+    *((name, Setup("gpt2", stage=0, bf16=True, optimizer=OPTIMIZERS[name])) for name in ("AdamW", "FusedAdam")),
+    ("FusedAdam", Setup("gpt2", stage=2, bf16=True, optimizer=OPTIMIZERS["FusedAdam"])),
+    *(
+        (name, Setup("gpt2", stage=stage, optimizer=o, offload=True, sub_group_size=700))
+        for name, o in OFFLOADED.items()
+        for stage in (2, 3)
+    ),
+    ("DeepSpeedCPUAdam", Setup("gpt2", stage=3, bf16=True, offload=True, optimizer=OFFLOADED["DeepSpeedCPUAdam"])),
+]
+
+
+def complement_id(value: Any) -> str:
+    return value if isinstance(value, str) else f"zero{value.stage}{'-bf16' if value.bf16 else ''}"
+
+
+@pytest.mark.parametrize(("name", "setup"), COMPLEMENT, ids=complement_id)
+def test_only_the_child_moves(pool: RankPool, name: str, setup: Setup) -> None:
+    extra = {"zero_force_ds_cpu_optimizer": True} if setup.offload else {}
+    for moves in pool[2].run(run_complement, setup, **extra):
+        assert moves.optimizer == name.partition("-")[0], "another optimizer than the test is about"
+        inside = []
+        for parameter, mask in moves.masks.items():
+            before, after = moves.before[parameter], moves.after[parameter]
+            assert bits_equal(before[~mask], after[~mask]), f"{parameter} moved outside the child"
+            inside.append((before != after)[mask])
+        assert float(torch.cat(inside).float().mean()) > 0.9, "vacuous: the child hardly moved"
+        assert sum(int((~mask).sum()) for mask in moves.masks.values()) > 500, "vacuous: hardly any complement"
