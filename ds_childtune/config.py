@@ -64,8 +64,8 @@ class ChildTuningConfig(_Block):
     """ChildTuning-D: what the child maximises. The others are the paper's ablations: random elements, the lowest Fisher
     information, and the largest pretrained weights."""
 
-    optimizer_state: Literal["dense"] = "dense"
-    """`dense`: moments for every element, as in plain DeepSpeed."""
+    optimizer_state: Literal["dense", "compact"] = "dense"
+    """`dense`: moments for every element, as in plain DeepSpeed. `compact`, ChildTuning-D: for the child alone."""
 
     compat: Literal["original"] | None = None
     """`original`: with ChildTuning-D, weight decay moves the elements outside the child too, as in the original code."""
@@ -89,6 +89,15 @@ class ChildTuningConfig(_Block):
                     raise ValueError(
                         f'{key} has no effect with mode "ChildTuning-F": remove it, or use mode "ChildTuning-D"'
                     )
+            if self.optimizer_state == "compact":
+                raise ValueError(
+                    'optimizer_state "compact" needs a fixed child: remove it, or use mode "ChildTuning-D"'
+                )
+        if self.optimizer_state == "compact" and self.compat == "original":
+            raise ValueError(
+                'optimizer_state "compact" leaves nothing that weight decay could move outside the child, as compat'
+                ' "original" asks: remove one of them'
+            )
         if self.include == ():
             raise ValueError("include is an empty list, so nothing would be eligible: add patterns, or remove the key")
         return self

@@ -122,6 +122,9 @@ class DenseChild:
             return torch.ones(fragment.numel, dtype=torch.bool, device=tensor.device)
         return ~fragment.of(frozen)
 
+    def release(self) -> None:
+        """Nothing to give back: the base optimizer's state is dense."""
+
     def _clear_state(self, optimizer: torch.optim.Optimizer, tensor: Tensor) -> None:
         frozen = self._frozen[tensor]
         if frozen is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ds_childtune import _zero
 from ds_childtune._calibration import LossFunction, default_loss, estimate_fisher
 from ds_childtune._ranks import check_same, device, gather_objects, raising_together, sum_over_ranks
+from ds_childtune.child_shards import CompactChild
 from ds_childtune.config import ChildTuningConfig, parse_config
 from ds_childtune.eligible import eligible_names
 from ds_childtune.fisher import Fisher
@@ -48,7 +49,7 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
         parameters = _zero.read_parameters(engine)
         eligible = eligible_names(engine.module, tuple(parameters.by_name), parsed)
         shards = mark_eligible(_zero.read_flat_shards(engine, parameters), eligible)
-        if parsed.mode == "ChildTuning-D" and parsed.compat is None:
+        if parsed.mode == "ChildTuning-D" and parsed.compat is None and parsed.optimizer_state == "dense":
             for group in _zero.base_optimizer(engine).param_groups:
                 decay_style(_zero.base_optimizer(engine), group)
     check_same(parsed.model_dump_json(), "child_tuning")
@@ -91,11 +92,12 @@ class ChildTuner:
         """Flat shards that the base optimizer has stepped in the current applied step."""
         self._self_check: SelfCheck | None = None
         self._report: Report | None = None
-        self._policy: TaskFreeChild | DenseChild | None = None
+        self._policy: TaskFreeChild | DenseChild | CompactChild | None = None
         if config.mode == "ChildTuning-F":
             self._policy = TaskFreeChild(shards, seed=config.seed, reserve_p=config.reserve_p)
         base = _zero.base_optimizer(engine)
         self._handles = [
+            base.register_state_dict_pre_hook(self._refuse_checkpoint),
             base.register_step_pre_hook(self._before_step),
             base.register_step_post_hook(self._after_step),
         ]
@@ -155,9 +157,8 @@ class ChildTuner:
         scored = time.perf_counter()
         masks, cut = self._choose(scores)
         del scores
-        self._policy = DenseChild(
-            self._shards, masks, _zero.base_optimizer(self.engine), decay_outside=self.config.compat == "original"
-        )
+        self._policy = self._fixed_child(masks)
+        del masks
         # The original lets weight decay move the complement: there is nothing to check then.
         self._self_check = SelfCheck() if self.config.compat is None else None
         chosen = time.perf_counter()
@@ -221,6 +222,15 @@ class ChildTuner:
             mark_inside(fragment, cut, place)
         return masks, cut
 
+    def _fixed_child(self, masks: Sequence[Tensor]) -> DenseChild | CompactChild:
+        """The child that trains from here on. Elements that stay keep their state."""
+        if isinstance(self._policy, CompactChild):
+            self._policy.release()
+        base = _zero.base_optimizer(self.engine)
+        if self.config.optimizer_state == "compact":
+            return CompactChild.of(self._shards, masks, base)
+        return DenseChild(self._shards, masks, base, decay_outside=self.config.compat == "original")
+
     # ---------------------------------------------------------------- inspection
 
     def gather_mask(self, name: str) -> Tensor:
@@ -254,7 +264,7 @@ class ChildTuner:
         assert self._report is not None
         return self._report
 
-    def _fragment_masks(self, child: DenseChild) -> list[tuple[Fragment, Tensor]]:
+    def _fragment_masks(self, child: DenseChild | CompactChild) -> list[tuple[Fragment, Tensor]]:
         """Every fragment with its bool mask."""
         return [(f, child.mask(s.tensor, f)) for s in self._shards for f in s.fragments]
 
@@ -314,7 +324,7 @@ class ChildTuner:
             shards = [self._known(tensor) for tensor in group["params"]]
             if shards:
                 policy.before_step(optimizer, group, shards, self.step)
-            if self._self_check is not None and isinstance(policy, DenseChild):
+            if self._self_check is not None and isinstance(policy, (DenseChild, CompactChild)):
                 for shard in shards:
                     self._self_check.before_step(shard, policy.frozen(shard.tensor))
 
@@ -337,6 +347,13 @@ class ChildTuner:
         sum_over_ranks(verdict)
         self._self_check = None if judge(verdict.tolist()) else SelfCheck()
 
+    def _refuse_checkpoint(self, *_: object) -> None:
+        if isinstance(self._policy, CompactChild):
+            raise NotImplementedError(
+                'ds_childtune cannot save optimizer_state "compact" in a checkpoint yet. Remedy: save 16-bit weights with'
+                ' engine.save_16bit_model, call child.detach() before save_checkpoint, or use optimizer_state "dense".'
+            )
+
     def _known(self, tensor: Tensor) -> FlatShard:
         shard = self._shard_of.get(tensor)
         if shard is None:
@@ -355,7 +372,7 @@ class ChildTuner:
                 f" {type(_zero.base_optimizer(self.engine)).__name__}); until then it is not supported."
             )
 
-    def _chosen_policy(self) -> TaskFreeChild | DenseChild:
+    def _chosen_policy(self) -> TaskFreeChild | DenseChild | CompactChild:
         if self._policy is None:
             raise RuntimeError(
                 "ChildTuning-D has no child yet. Remedy: call child.select(calibration_batches) before training and before"
@@ -368,7 +385,12 @@ class ChildTuner:
             raise RuntimeError("this ChildTuner is detached. Remedy: call attach(engine) again.")
 
     def detach(self) -> None:
-        """Remove every hook: the engine is plain DeepSpeed again. The base optimizer's state stays as it is."""
+        """Remove every hook: the engine is plain DeepSpeed again.
+
+        The base optimizer's state stays as it is; a compact one becomes dense, zero outside the child.
+        """
+        if isinstance(self._policy, (DenseChild, CompactChild)):
+            self._policy.release()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

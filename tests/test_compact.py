@@ -1,0 +1,151 @@
+"""`optimizer_state: "compact"` against the dense hook path, bit for bit, and what it stores.
+
+DeepSpeed's own Adam kernels round elements in a vector's tail otherwise than those in its body, and decay in another order than the
+dense path's separate decay, so there the two paths agree to the last bits only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import ds_childtune
+from ds_childtune import _zero
+from tests.distributed import RankPool
+from tests.engines import Optimizer, Setup, Weights, engine_of, master_weights, train_step
+from tests.models import batches, deal
+
+P, STEPS = 0.3, 4
+SGD = Optimizer("SGD", {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1})
+FUSED = Optimizer("AdamW", {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1})
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one rank saw."""
+
+    start: Weights
+    middle: Weights
+    end: Weights
+    masks: list[Weights]
+    second_masks: list[Weights]
+    state_numel: int
+    """Elements of all moments on this rank."""
+    child_numel: int
+    """Elements of the child on this rank, dense parameters included."""
+    flat_state: int
+    """Flat shards for which the base optimizer holds state."""
+
+
+def share(setup: Setup, seed: int, count: int) -> list[Any]:
+    return deal(batches(setup.family, count, seed=seed), dist.get_rank(), dist.get_world_size())
+
+
+def run(setup: Setup, optimizer_state: str, end: str) -> Run:
+    """Train dense, then a child, then `end`: another child ("reselect"), or plain DeepSpeed ("detach")."""
+    torch.manual_seed(0)
+    with engine_of(setup) as engine:
+        micro_batches = setup.accumulation * dist.get_world_size()
+        steps = iter(range(100))
+
+        def train() -> None:
+            for _ in range(STEPS):
+                train_step(engine, share(setup, next(steps), micro_batches))
+
+        train()  # moments that the child takes over
+        block = {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": optimizer_state}
+        child = ds_childtune.attach(engine, block)
+        start = master_weights(engine)
+        report = child.select(share(setup, 1000, 4))
+        names = [p.name for p in report.parameters]
+        masks = [{n: child.gather_mask(n) for n in names}]
+        train()
+        middle = master_weights(engine)
+        state = _zero.base_optimizer(engine).state
+        tensors = [v for of in state.values() for v in of.values() if isinstance(v, Tensor) and v.dim() and v.numel()]
+        state_numel = sum(v.numel() for v in tensors)
+        shards = child._shards
+        child_numel = sum(int(child._policy.mask(s.tensor, f).sum()) for s in shards for f in s.fragments)
+        flat_state = sum(bool(state.get(s.tensor)) for s in shards)
+        second: list[Weights] = []
+        if end == "reselect":
+            child.select(share(setup, 2000, 4))
+            second = [{n: child.gather_mask(n) for n in names}]
+        else:
+            child.detach()
+        train()
+        return Run(start, middle, master_weights(engine), masks, second, state_numel, child_numel, flat_state)
+
+
+BASE = Setup(accumulation=2, clip=0.5, schedule=True)
+CASES = {
+    "zero0": replace(BASE, stage=0),
+    "zero0-bf16": replace(BASE, stage=0, bf16=True),
+    "zero1-sgd": replace(BASE, stage=1, optimizer=SGD),
+    "zero1-bf16-groups": replace(BASE, stage=1, bf16=True, no_decay=("ln", "bias")),
+    "zero2-llama": replace(BASE, stage=2, family="llama"),
+    "zero2-offload-cpuadam": replace(BASE, stage=2, offload=True, optimizer=FUSED),
+    "zero3-odd": replace(BASE, stage=3, family="odd"),
+    "zero3-sub-groups": replace(BASE, stage=3, sub_group_size=700, no_decay=("bias",)),
+    "zero3-bf16-fused": replace(BASE, stage=3, bf16=True, optimizer=FUSED),
+    "zero3-bf16-zero-init": replace(
+        BASE, stage=3, bf16=True, zero_init=True, persistence_threshold=50, sub_group_size=900
+    ),
+    "zero3-offload-cpuadam": replace(BASE, stage=3, offload=True, optimizer=FUSED),
+    "zero3-t5-sgd": replace(BASE, stage=3, family="t5", optimizer=SGD),
+}
+
+
+@pytest.mark.parametrize("end", ["reselect", "detach"])
+@pytest.mark.parametrize("name", CASES)
+def test_compact_is_bitwise_the_dense_hook_path(pool: RankPool, name: str, end: str) -> None:
+    dense = pool[2].run(run, CASES[name], "dense", end)
+    compact = pool[2].run(run, CASES[name], "compact", end)
+    for a, b in zip(dense, compact, strict=True):
+        for n, mask in a.masks[0].items():
+            assert torch.equal(mask, b.masks[0][n])
+            for after in ("middle", "end"):
+                expected, got = getattr(a, after)[n], getattr(b, after)[n]
+                if CASES[name].optimizer is FUSED:
+                    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+                else:
+                    assert torch.equal(got, expected), (after, n)
+        moved = torch.cat([(b.middle[n] != b.start[n])[m] for n, m in b.masks[0].items()])
+        assert moved.float().mean() > 0.5, "vacuous: the child rests"
+        assert not any(((b.middle[n] != b.start[n]) & ~m).any() for n, m in b.masks[0].items())
+        if end == "reselect":
+            differing = sum(int((m != b.masks[0][n]).sum()) for n, m in b.second_masks[0].items())
+            assert differing, "vacuous: the same child again"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_moments_exist_for_the_child_alone(pool: RankPool, name: str) -> None:
+    moments = 1 if CASES[name].optimizer is SGD else 2
+    for result in pool[2].run(run, CASES[name], "compact", "reselect"):
+        assert result.state_numel == moments * result.child_numel
+        assert result.flat_state == 0
+    for result in pool[2].run(run, CASES[name], "dense", "reselect"):
+        assert result.state_numel > moments * result.child_numel, "vacuous"
+
+
+def saving(stage: int, folder: str) -> str:
+    with engine_of(Setup(stage=stage)) as engine:
+        child = ds_childtune.attach(engine, {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": "compact"})
+        child.select(share(Setup(), 1000, 4))
+        train_step(engine, share(Setup(), 0, dist.get_world_size()))
+        try:
+            engine.save_checkpoint(folder)
+        except NotImplementedError as error:
+            return str(error)
+        return "saved"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_checkpoint_of_compact_state_is_refused_by_name(pool: RankPool, stage: int, tmp_path: Any) -> None:
+    for message in pool[2].run(saving, stage, str(tmp_path)):
+        assert 'optimizer_state "compact"' in message
