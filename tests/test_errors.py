@@ -1,0 +1,425 @@
+"""Whatever goes wrong on any rank is the same readable error on every rank, and the ranks can go on.
+
+Each case runs on the same processes as all others: a rank left waiting in a collective would hang the next case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+
+import ds_childtune
+from tests import reference
+from tests.distributed import RankPool
+from tests.engines import Optimizer, Setup, engine_of, master_weights, train_step
+from tests.models import Batch, batches, build, deal
+from tests.reference import distance, worst_difference
+from tests.test_parity import oracle_fisher
+
+F, D = "ChildTuning-F", "ChildTuning-D"
+CHILD_D = {"mode": D, "reserve_p": 0.3}
+CHILD_F = {"mode": F, "reserve_p": 0.3}
+ODD = Setup("odd", stage=2)
+WORLD_SIZE = 2
+
+
+@dataclass(frozen=True)
+class Raised:
+    """An exception as a rank saw it."""
+
+    kind: str
+    text: str
+    moved: float
+    """How far a plain training step moved the weights afterwards: the engine still works."""
+
+
+def outcome_on_this_rank(setup: Setup, act: Callable[[Any], Any], extra: dict[str, Any]) -> Raised | None:
+    """What `act(engine)` raises; then the child is detached and plain DeepSpeed goes on.
+
+    But for ZenFlow, which cannot train on a CPU itself.
+    """
+    with engine_of(setup, **extra) as engine:
+        raised: Exception | None = None
+        try:
+            act(engine)
+        except Exception as error:
+            raised = error
+        if getattr(engine, "child_tuner", None) is not None:
+            engine.child_tuner.detach()
+        if engine.zenflow:
+            return raised and Raised(type(raised).__name__, str(raised), math.inf)
+        before = master_weights(engine)
+        micro_batches = deal(batches(setup.family, WORLD_SIZE * setup.accumulation), dist.get_rank(), WORLD_SIZE)
+        train_step(engine, micro_batches)
+        moved = distance(master_weights(engine), before)
+    return raised and Raised(type(raised).__name__, str(raised), moved)
+
+
+def check(
+    pool: RankPool,
+    act: Callable[[Any], Any],
+    kind: type[Exception],
+    *words: str,
+    setup: Setup = ODD,
+    **extra: Any,
+) -> None:
+    """Every rank raises `kind`, with the same text, in which all of `words` are."""
+    outcomes = pool[WORLD_SIZE].run(outcome_on_this_rank, setup, act, extra)
+    for outcome in outcomes:
+        assert outcome is not None, "no error"
+        assert outcome.kind == kind.__name__, outcome.text
+        assert outcome.text == outcomes[0].text
+        for word in words:
+            assert word in outcome.text, outcome.text
+        assert outcome.moved > 1e-3, "the engine does not train any more"
+
+
+def mine(count: int = 4) -> list[Batch]:
+    return deal(batches("odd", count, seed=1000), dist.get_rank(), dist.get_world_size())
+
+
+# ---------------------------------------------------------------- config
+
+
+def attach_bare(engine: Any) -> None:
+    ds_childtune.attach(engine)
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({"mode": D, "reserve_p": 1.5}, ["child_tuning.reserve_p", "1.5", "(0, 1]"]),
+        ({"mode": D, "reserve_p": True}, ["child_tuning.reserve_p", "True"]),
+        ({"mode": "D", "reserve_p": 0.3}, ["child_tuning.mode", "'D'", D]),
+        ({**CHILD_D, "reserv_p": 0.3}, ["child_tuning.reserv_p", "unknown key"]),
+        ({**CHILD_D, "fisher": {"max_batch": 1}}, ["child_tuning.fisher.max_batch", "unknown key"]),
+        ({**CHILD_D, "seed": -1}, ["child_tuning.seed", "-1"]),
+        ({**CHILD_D, "optimizer_state": "sparse"}, ["child_tuning.optimizer_state", "sparse"]),
+        ({**CHILD_F, "selector": "random"}, ["selector", "no effect"]),
+        ({**CHILD_D, "include": ["nope.*"]}, ["child_tuning.include", "nope.*"]),
+        ({**CHILD_D, "exclude": ["nope.*"]}, ["child_tuning.exclude", "nope.*"]),
+        ({**CHILD_D, "exclude": ["*"]}, ["child_tuning.exclude", "every eligible parameter"]),
+        ({**CHILD_D, "include": ["frozen_input.*"]}, ["child_tuning.include", "frozen_input.*", "trainable"]),
+        ("ChildTuning-D", ["child_tuning", "'ChildTuning-D'"]),
+        ({}, ["child_tuning.mode", "child_tuning.reserve_p", "missing"]),
+    ],
+    ids=lambda value: None if isinstance(value, list) else str(value)[:60],
+)
+def test_wrong_config(pool: RankPool, block: Any, words: list[str]) -> None:
+    check(pool, attach_bare, ValueError, "Remedy" if "no effect" not in words else "remove", *words, child_tuning=block)
+
+
+def test_no_config(pool: RankPool) -> None:
+    check(pool, attach_bare, ValueError, '"child_tuning" block', "neither", "Remedy")
+
+
+def attach_with_another_p(engine: Any) -> None:
+    ds_childtune.attach(engine, {"mode": D, "reserve_p": 0.3 + 0.1 * dist.get_rank()})
+
+
+def attach_with_a_typo_on_rank_1(engine: Any) -> None:
+    ds_childtune.attach(engine, {**CHILD_D, **({"sed": 1} if dist.get_rank() == 1 else {})})
+
+
+def test_config_differs_between_ranks(pool: RankPool) -> None:
+    check(pool, attach_with_another_p, ValueError, "child_tuning", "same on every rank", "0.3", "0.4", "Remedy")
+
+
+def test_config_is_wrong_on_one_rank(pool: RankPool) -> None:
+    check(pool, attach_with_a_typo_on_rank_1, ValueError, "[rank 1]", "child_tuning.sed", "unknown key")
+
+
+# ---------------------------------------------------------------- the order of calls
+
+
+def step_before_select(engine: Any) -> None:
+    ds_childtune.attach(engine, CHILD_D)
+    train_step(engine, mine()[:1])
+
+
+def select_inside_accumulation(engine: Any) -> None:
+    child = ds_childtune.attach(engine, CHILD_D)
+    train_step(engine, mine()[:1])  # of two micro-batches
+    try:
+        child.select(mine())
+    finally:
+        child.detach()
+        train_step(engine, mine()[:1])
+
+
+def select_with_f(engine: Any) -> None:
+    ds_childtune.attach(engine, CHILD_F).select(mine())
+
+
+def attach_twice(engine: Any) -> None:
+    ds_childtune.attach(engine, CHILD_F)
+    ds_childtune.attach(engine, CHILD_F)
+
+
+def select_after_detach(engine: Any) -> None:
+    child = ds_childtune.attach(engine, CHILD_D)
+    child.detach()
+    child.select(mine())
+
+
+def gather_mask_before_select(engine: Any) -> None:
+    ds_childtune.attach(engine, CHILD_D).gather_mask("blocks.0.gain")
+
+
+def report_before_select(engine: Any) -> None:
+    ds_childtune.attach(engine, CHILD_D).report()
+
+
+def gather_mask_of_a_wrong_name(engine: Any) -> None:
+    ds_childtune.attach(engine, CHILD_F).gather_mask("blocks.0.gains")
+
+
+def select_without_batches(engine: Any) -> None:
+    ds_childtune.attach(engine, CHILD_D).select()
+
+
+@pytest.mark.parametrize(
+    ("act", "kind", "words"),
+    [
+        (step_before_select, RuntimeError, ["no child yet", "child.select("]),
+        (select_with_f, RuntimeError, ["select", F]),
+        (attach_twice, RuntimeError, ["already", "detach()"]),
+        (select_after_detach, RuntimeError, ["detached", "attach(engine)"]),
+        (gather_mask_before_select, RuntimeError, ["no child yet", "child.select("]),
+        (report_before_select, RuntimeError, ["no child yet", "child.select("]),
+        (gather_mask_of_a_wrong_name, ValueError, ["'blocks.0.gains'", "blocks.0.gain"]),
+        (select_without_batches, ValueError, ["calibration batches", "None"]),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_wrong_order(pool: RankPool, act: Callable[[Any], Any], kind: type[Exception], words: list[str]) -> None:
+    check(pool, act, kind, "Remedy", *words)
+
+
+def test_select_inside_an_accumulation(pool: RankPool) -> None:
+    setup = replace(ODD, accumulation=2)
+    check(pool, select_inside_accumulation, RuntimeError, "between a micro-batch and its", "Remedy", setup=setup)
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def select_nothing(engine: Any) -> None:
+    ds_childtune.attach(engine, CHILD_D).select([])
+
+
+def select_nothing_on_rank_1(engine: Any) -> None:
+    ds_childtune.attach(engine, CHILD_D).select(mine() if dist.get_rank() == 0 else iter(()))
+
+
+def select_nan_on_rank_1(engine: Any) -> None:
+    bad = mine()
+    if dist.get_rank() == 1:
+        bad[1] = {**bad[1], "y": bad[1]["y"] * math.nan}
+    ds_childtune.attach(engine, CHILD_D).select(bad)
+
+
+def _breaking_loader() -> Iterator[Batch]:
+    yield mine()[0]
+    if dist.get_rank() == 1:
+        raise OSError("disk on fire")
+    yield mine()[1]
+
+
+def select_from_a_loader_that_breaks_on_rank_1(engine: Any) -> None:
+    ds_childtune.attach(engine, CHILD_D).select(_breaking_loader())
+
+
+def _breaking_loss(engine: Any, batch: Batch) -> torch.Tensor:
+    loss: torch.Tensor = engine(**batch)
+    if dist.get_rank() == 1:
+        raise KeyError("labels")
+    return loss
+
+
+def select_with_a_loss_that_breaks_on_rank_1(engine: Any) -> None:
+    ds_childtune.attach(engine, CHILD_D).select(mine(), _breaking_loss)
+
+
+def select_overflowing(engine: Any) -> None:
+    """Gradients of about 1e25: finite, with squares that are not."""
+    ds_childtune.attach(engine, CHILD_D).select(mine(), lambda e, b: e(**b) * 1e25)
+
+
+def select_with_a_parameter_that_gets_no_gradient(engine: Any) -> None:
+    """The head is used, the blocks are not."""
+    ds_childtune.attach(engine, CHILD_D).select(mine(), lambda e, b: e.module.head.weight.sum() + 0 * e(**b).detach())
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize(
+    ("act", "kind", "words"),
+    [
+        (select_nothing, ValueError, ["at least one calibration batch", "every rank"]),
+        (select_nothing_on_rank_1, ValueError, ["at least one calibration batch", "none on rank 1"]),
+        (select_nan_on_rank_1, ValueError, ["[rank 1]", "finite loss", "calibration batch 1"]),
+        (select_from_a_loader_that_breaks_on_rank_1, RuntimeError, ["[rank 1]", "OSError", "disk on fire"]),
+        (select_with_a_loss_that_breaks_on_rank_1, RuntimeError, ["[rank 1]", "KeyError", "labels"]),
+        (select_overflowing, ValueError, ["finite"]),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_bad_calibration(
+    pool: RankPool, act: Callable[[Any], Any], kind: type[Exception], words: list[str], stage: int
+) -> None:
+    check(pool, act, kind, *words, setup=replace(ODD, stage=stage))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_parameter_without_a_gradient(pool: RankPool, stage: int) -> None:
+    words = ["never got a gradient", "blocks.0.", "requires_grad=False", "child_tuning.exclude"]
+    setup = replace(ODD, stage=stage)
+    check(pool, select_with_a_parameter_that_gets_no_gradient, ValueError, *words, setup=setup)
+
+
+def test_a_loss_that_is_no_scalar(pool: RankPool) -> None:
+    check(pool, select_without_labels, ValueError, "scalar loss", "labels", setup=Setup("gpt2", stage=1))
+
+
+def select_without_labels(engine: Any) -> None:
+    tokens = batches("gpt2", 1)[0]["input_ids"]
+    ds_childtune.attach(engine, CHILD_D).select([{"input_ids": tokens}])
+
+
+def test_a_child_of_no_element(pool: RankPool) -> None:
+    block = {"mode": D, "reserve_p": 0.1, "include": ["blocks.0.gain"]}
+    check(pool, select_mine, ValueError, "child_tuning.reserve_p", "rounds to none", "Remedy", child_tuning=block)
+
+
+def select_mine(engine: Any) -> None:
+    ds_childtune.attach(engine).select(mine())
+
+
+# ---------------------------------------------------------------- uneven batches
+
+
+def fisher_of_uneven_batches(
+    setup: Setup, counts: list[int], max_batches: int | None
+) -> tuple[dict[str, torch.Tensor], int]:
+    """Rank r has `counts[r]` micro-batches of one list that is dealt out in order."""
+    rank = dist.get_rank()
+    everything = batches(setup.family, sum(counts), seed=1000)
+    own = everything[sum(counts[:rank]) : sum(counts[: rank + 1])]
+    settings = {**CHILD_D, "fisher": {"max_batches": max_batches}}
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, settings)
+        fisher = child.estimate_fisher(own)
+        names = list(oracle_fisher(setup.family, False))
+        found = {name: child.gather_fisher(fisher, name) for name in names}
+        child.detach()
+    return found, fisher.terms
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("counts", [[4, 1], [1, 4], [2, 3]], ids=str)
+def test_uneven_batches_are_averaged_over_those_that_exist(pool: RankPool, stage: int, counts: list[int]) -> None:
+    expected = oracle_fisher("odd", False)  # of the same five micro-batches
+    for found, terms in pool[2].run(fisher_of_uneven_batches, replace(ODD, stage=stage), counts, None):
+        assert terms == 5
+        assert worst_difference(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_max_batches_counts_all_ranks(pool: RankPool, stage: int) -> None:
+    """Three of five: two from rank 0, which is first in every round, and one from rank 1."""
+    everything = batches("odd", 5, seed=1000)
+    used = [everything[0], everything[3], everything[1]]
+    expected = reference.fisher(build("odd"), [[batch] for batch in used])
+    for found, terms in pool[2].run(fisher_of_uneven_batches, replace(ODD, stage=stage), [3, 2], 3):
+        assert terms == 3
+        assert worst_difference(found, {name: expected[name] for name in found}) < 1e-5
+
+
+# ---------------------------------------------------------------- refused set-ups
+
+
+FUSED = Optimizer("AdamW", {"lr": 1e-2, "eps": 1e-3})
+REFUSED: dict[str, tuple[Setup, dict[str, Any], list[str]]] = {
+    "ratio": (
+        replace(ODD, stage=3, optimizer=FUSED),
+        {"offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+        ["offload_optimizer.ratio", "remove"],
+    ),
+    "hpz": (replace(ODD, stage=3), {"zero_hpz_partition_size": 2}, ["hpZ", "zero_hpz_partition_size"]),
+    "zenflow": (
+        replace(ODD, stage=2, optimizer=FUSED),
+        {
+            "offload_optimizer": {"device": "cpu"},
+            "zenflow": {"topk_ratio": 0.1, "update_interval": 2, "select_strategy": "auto", "select_interval": "auto"},
+        },
+        ["ZenFlow", "zenflow"],
+    ),
+}
+"""Set-ups that DeepSpeed starts on a CPU and that step flat shards in a way of their own."""
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(pool: RankPool, name: str) -> None:
+    setup, keys, words = REFUSED[name]
+    options = {"zero_optimization": setup.config()["zero_optimization"] | keys, "child_tuning": CHILD_F}
+    check(pool, attach_bare, NotImplementedError, "does not support", "Remedy", *words, setup=setup, **options)
+
+
+def attach_to_an_engine_without_an_optimizer() -> str:
+    engine, *_ = deepspeed.initialize(model=build("odd"), config={"train_micro_batch_size_per_gpu": 1})
+    try:
+        ds_childtune.attach(engine, CHILD_F)
+    except ValueError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return "no error"
+
+
+def test_no_optimizer(pool: RankPool) -> None:
+    for text in pool[2].run(attach_to_an_engine_without_an_optimizer):
+        assert "no optimizer" in text
+        assert "Remedy" in text
+
+
+def attach_an_unknown_optimizer(block: dict[str, Any]) -> str:
+    """An optimizer outside every table of weight decay formulas."""
+
+    class Unknown(torch.optim.Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {"lr": 1e-2, "weight_decay": 0.1})
+
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.data -= group["lr"] * p.grad
+
+    model = build("odd")
+    optimizer = Unknown([p for p in model.parameters() if p.requires_grad])
+    config = ODD.config()
+    del config["optimizer"]
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    try:
+        ds_childtune.attach(engine, block)
+    except NotImplementedError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return "no error"
+
+
+def test_an_optimizer_whose_weight_decay_is_unknown(pool: RankPool) -> None:
+    for text in pool[2].run(attach_an_unknown_optimizer, CHILD_D):
+        assert "Unknown" in text
+        assert "weight_decay" in text
+        assert "Remedy" in text
+    for block in (CHILD_F, {**CHILD_D, "compat": "original"}):
+        assert pool[2].run(attach_an_unknown_optimizer, block) == ["no error"] * 2
