@@ -121,11 +121,13 @@ class CompactChild:
         self._params.clear()
 
     def frozen(self, tensor: Tensor) -> Tensor | None:
-        """bool 1-D: True = outside the child (or padding); None where the whole flat shard is inside."""
+        """bool 1-D: True = outside the child; None where the whole flat shard is inside. Padding, which may be NaN, is neither."""
         shard = self.shards[tensor]
         if shard.index.numel() == tensor.numel():
             return None
-        outside = torch.ones(tensor.numel(), dtype=torch.bool, device=tensor.device)
+        outside = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
+        for fragment in shard.flat.fragments:
+            fragment.of(outside).fill_(True)
         put_(outside, shard.index, torch.zeros_like(shard.index, dtype=torch.bool))
         return outside
 
