@@ -55,7 +55,8 @@ def fisher(model: nn.Module, terms: Sequence[Sequence[Batch]], *, max_grad_norm:
     for micro_batches in terms:
         for name, grad in gradients(model, micro_batches).items():
             if max_grad_norm is not None:
-                grad *= min(1.0, max_grad_norm / max(float(grad.norm()), 1e-30))
+                # The original code calls torch.nn.utils.clip_grad_norm_, which adds 1e-6.
+                grad *= min(1.0, max_grad_norm / (float(grad.norm()) + 1e-6))
             total[name] = total.get(name, torch.zeros_like(grad)) + grad**2 / len(terms)
     return total
 
