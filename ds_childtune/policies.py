@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_childtune.masks import MaskKernel, base_keys, bernoulli_mask, keep_limit, mask_kernel, split_blocks, step_keys
 from ds_childtune.shards import FlatShard, Fragment
-from ds_childtune.weight_decay import decay_gradient_, decay_style, decay_weights_
+from ds_childtune.weight_decay import decay_gradient_, decay_style, decay_weights_, moves_without_gradient
 
 Group = dict[str, Any]
 """One of a torch optimizer's `param_groups`."""
@@ -84,6 +84,8 @@ class DenseChild:
             self._frozen[shard.tensor] = None if bool(mask.all()) else ~mask
             self._clear_state(optimizer, shard.tensor)
         self._restore: list[_Restore] = []
+        self._still: list[tuple[FlatShard, Tensor, Tensor]] = []
+        """Flat shard, what is frozen, its weights before the step: for optimizers that move at a gradient of zero."""
 
     def before_step(
         self, optimizer: torch.optim.Optimizer, group: Group, shards: Sequence[FlatShard], step: int
@@ -102,6 +104,8 @@ class DenseChild:
                 decay_gradient_(grad, shard.flat(), group)
             if frozen is not None:
                 grad.masked_fill_(frozen, 0.0)
+                if moves_without_gradient(optimizer) and not self._decay_outside:
+                    self._still.append((shard, frozen, shard.flat().clone()))
         if style != "none":
             self._restore.append(_Restore(group, group["weight_decay"]))
             group["weight_decay"] = 0.0
@@ -110,6 +114,9 @@ class DenseChild:
         for restore in self._restore:
             restore.group["weight_decay"] = restore.weight_decay
         self._restore.clear()
+        for shard, frozen, before in self._still:
+            shard.flat().copy_(torch.where(frozen, before, shard.flat()))
+        self._still.clear()
 
     def frozen(self, tensor: Tensor) -> Tensor | None:
         """bool 1-D: True = outside the child; None where the whole flat shard is inside."""

@@ -47,6 +47,14 @@ def decay_style(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Lite
     )
 
 
+def moves_without_gradient(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a weight may move though its gradient and moments are zero.
+
+    DeepSpeed's CPU kernel of Lion takes the sign of zero for +1, so that every element moves by the learning rate.
+    """
+    return type(optimizer).__name__ == "DeepSpeedCPULion"
+
+
 def decay_weights_(weights: Tensor, frozen: Tensor | None, factor: float) -> None:
     """Decoupled decay: multiply by `factor` = 1 - lr * weight_decay, in place, where `frozen` is False.
 
