@@ -303,7 +303,9 @@ def calibration(engine: Engine, receive: Callable[[list[Tensor]], None]) -> Iter
         receive([p for group in base.param_groups for p in group["params"]])
 
     def backward(loss: Tensor) -> None:
-        engine.backward(loss, scale_wrt_gas=False)
+        # A tensor of our own: DeepSpeed divides by the accumulation steps in a hook on the output, unless a hook on the loss that it
+        # is given has fired before; at stage 0 both would be the same tensor, and its own would come second.
+        engine.backward(loss * 1.0, scale_wrt_gas=False)
         optimizer.step()
         optimizer.zero_grad()
         engine.zero_grad()
