@@ -94,6 +94,9 @@ class Arguments:
     weight_decay: Annotated[float | None, _help("Not applied to biases and norms.")] = None
     batch_size: Annotated[int | None, _help("Examples per rank and micro-step.")] = None
     gradient_accumulation: Annotated[int | None, _help("Micro-steps in a step.")] = None
+    group_by_length: Annotated[
+        bool, _help("Put examples of about the same length into a batch: less padding, another order.")
+    ] = False
     eval_batch_size: Annotated[int, _help("Examples per rank and forward pass.")] = 32
     precision: Annotated[
         Literal["auto", "bf16", "fp32"], _help("auto: the DeepSpeed config's on a GPU, fp32 on a CPU.")
@@ -378,10 +381,25 @@ def blocks(documents: list[list[int]], end: int, length: int) -> dict[str, list[
     return {"input_ids": cut, "attention_mask": [[1] * length for _ in cut], "labels": cut}
 
 
-def training_order(size: int, seed: int) -> Iterator[int]:
-    """Row numbers without end, a fresh permutation for each epoch: a function of the seed, not of ranks or batches."""
+# With --group-by-length, batches are put together inside windows of so many of them.
+WINDOW = 32
+
+
+def training_batches(rows: Dataset, batch_size: int, seed: int, *, group_by_length: bool) -> Iterator[list[int]]:
+    """Row numbers of each micro-batch over all ranks, without end. A fresh permutation for each epoch; what an epoch leaves over
+    goes into the next one's first batches. A function of seed and batch size, not of ranks."""
+    lengths = np.array([len(ids) for ids in rows["input_ids"]]) if group_by_length else np.zeros(len(rows), dtype=int)
+    left: np.ndarray[Any, Any] = np.empty(0, dtype=int)
     for epoch in itertools.count():
-        yield from np.random.default_rng([seed, epoch]).permutation(size).tolist()
+        random = np.random.default_rng([seed, epoch])
+        order = np.concatenate([left, random.permutation(len(rows))])
+        whole = len(order) - len(order) % batch_size
+        order, left = order[:whole], order[whole:]
+        if group_by_length:
+            windows = [order[i : i + WINDOW * batch_size] for i in range(0, whole, WINDOW * batch_size)]
+            order = np.concatenate([w[np.argsort(lengths[w], kind="stable")] for w in windows])
+            order = random.permutation(order.reshape(-1, batch_size)).ravel()
+        yield from order.reshape(-1, batch_size).tolist()
 
 
 def calibration_batches(rows: Dataset, collate: Collate, batch_size: int) -> Iterator[Batch]:
@@ -481,19 +499,18 @@ def to_device(batch: Batch, engine: Any) -> Batch:
     return {k: v.to(engine.device) for k, v in batch.items()}
 
 
-def train(engine: Any, rows: Dataset, collate: Collate, steps: int, seed: int) -> float:
+def train(engine: Any, rows: Dataset, collate: Collate, steps: int, args: Arguments) -> float:
     """`steps` optimizer steps; this rank takes its slice of every micro-batch. Returns the last loss."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     size = engine.train_micro_batch_size_per_gpu()
-    order = training_order(len(rows), seed)
-    torch.manual_seed(seed * world_size + rank)  # dropout: from here on the same for every method
+    micro_batches = training_batches(rows, size * world_size, args.seed, group_by_length=args.group_by_length)
+    torch.manual_seed(args.seed * world_size + rank)  # dropout: from here on the same for every method
     engine.train()
     loss = torch.zeros(())
     with tqdm(total=steps, desc="Training", unit=" steps", disable=rank != 0) as bar:
         for step in range(steps):
             for _ in range(engine.gradient_accumulation_steps()):
-                micro_batch = list(itertools.islice(order, size * world_size))
-                mine = micro_batch[rank * size : (rank + 1) * size]
+                mine = next(micro_batches)[rank * size : (rank + 1) * size]
                 loss = engine(**to_device(collate([rows[i] for i in mine]), engine)).loss
                 engine.backward(loss)
                 engine.step()
@@ -601,7 +618,7 @@ def run(args: Arguments) -> dict[str, Any]:
         say(str(report))
 
     trained = time.perf_counter()
-    train_loss = train(engine, data.train, collate, steps, args.seed)
+    train_loss = train(engine, data.train, collate, steps, args)
     seconds = {"training": time.perf_counter() - trained}
     metrics = evaluate(engine, args.task, data.eval, collate, args.eval_batch_size)
     others = {

@@ -167,8 +167,12 @@ def command_of(grid: Grid, options: Options, results: Path) -> list[str]:
     command += [f"--{k}={v}" for k, v in launcher.items()]
     command += [str(HERE / "finetune.py"), "--results", str(results)]
     for key, value in options.items():
-        for one in value if isinstance(value, list) else [value]:
-            command += [f"--{key.replace('_', '-')}", str(one)]
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            for one in value if isinstance(value, list) else [value]:
+                command += [f"--{flag}", str(one)]
     return command
 
 

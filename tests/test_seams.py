@@ -1,0 +1,316 @@
+"""What ds_childtune takes for granted about DeepSpeed and torch, and how its own modules may depend on each other.
+
+After an upgrade, look here first: each failure names the attribute that `_zero.py` reads and no longer finds.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ds_childtune
+from tests.distributed import RankPool
+from tests.engines import Optimizer, Setup, engine_of, train_step
+from tests.models import batches
+
+PACKAGE = Path(ds_childtune.__file__).parent
+
+# ---------------------------------------------------------------- attributes
+
+ENGINE = (
+    "_config.zero_config.offload_optimizer",
+    "_config.zero_config.zero_hpz_partition_size",
+    "_is_gradient_accumulation_boundary",
+    "autotp_size()",
+    "backward()",
+    "basic_optimizer.param_groups",
+    "basic_optimizer.register_step_post_hook()",
+    "basic_optimizer.register_step_pre_hook()",
+    "basic_optimizer.state",
+    "config",
+    "get_data_types()",
+    "global_steps",
+    "gradient_accumulation_steps()",
+    "has_moe_layers",
+    "is_deepcompile_enabled()",
+    "is_gradient_accumulation_boundary()",
+    "managed_gradient_accumulation()",
+    "micro_steps",
+    "module",
+    "mpu",
+    "optimizer.step()",
+    "optimizer.zero_grad()",
+    "pipeline_parallelism",
+    "seq_data_parallel_group",
+    "sequence_parallel_size",
+    "set_gradient_accumulation_boundary()",
+    "skipped_steps",
+    "super_offload()",
+    "torch_autocast_z0_gradscaler",
+    "zenflow",
+    "zero_grad()",
+    "zero_partial_offload()",
+)
+"""Read on every engine; a method ends in ()."""
+
+ADAMW = Optimizer()
+FUSED = Optimizer("AdamW", {"lr": 1e-2, "eps": 1e-3})
+
+WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
+    "AdamW": (Setup("odd", stage=0), ("param_groups",)),
+    "FP16_UnfusedOptimizer": (
+        Setup("odd", stage=0, bf16=True),
+        ("optimizer", "fp32_groups", "fp16_groups", "clip_grad", "overflow", "loss_scale_config"),
+    ),
+    "FP16_Optimizer": (
+        Setup("odd", stage=0, bf16=True, optimizer=FUSED),
+        (
+            "optimizer",
+            "fp32_groups_flat",
+            "fp16_groups",
+            "clip_grad",
+            "overflow",
+            "loss_scale_config",
+            "fused_adam_legacy",
+        ),
+    ),
+    "BF16_Optimizer": (
+        Setup("odd", stage=1, bf16=True, fp32_accumulation=True),
+        ("optimizer", "fp32_groups_flat_partition", "bf16_groups", "clip_grad"),
+    ),
+    "DeepSpeedZeroOptimizer": (
+        Setup("odd", stage=2),
+        (
+            "optimizer",
+            "single_partition_of_fp32_groups",
+            "bit16_groups",
+            "clip_grad",
+            "micro_step_id",
+            "loss_scaler",
+            "_global_grad_norm",
+            "overflow",
+            "torch_autocast_gradscaler",
+        ),
+    ),
+    "DeepSpeedZeroOptimizer_Stage3": (
+        Setup("odd", stage=3, sub_group_size=20),
+        (
+            "optimizer",
+            "fp32_partitioned_groups_flat",
+            "fp16_groups",
+            "grad_position",
+            "get_param_id()",
+            "clip_grad",
+            "_get_param_partition_rank()",
+            "grad_partitions_flat_buffer",
+            "micro_step_id",
+            "_global_grad_norm",
+            "overflow",
+            "set_gradient_accumulation_boundary()",
+        ),
+    ),
+}
+"""By the class of `engine.optimizer`: an engine that has it, and what is read on it."""
+
+
+def missing_on(root: Any, paths: tuple[str, ...], what: str) -> list[str]:
+    """One line for each dotted path that does not lead anywhere, or to no method where one is called."""
+    lines = []
+    for path in paths:
+        place = root
+        for name in path.removesuffix("()").split("."):
+            if not hasattr(place, name):
+                lines.append(f"{what}: expected .{path}, but {type(place).__name__} has no attribute {name!r}")
+                break
+            place = getattr(place, name)
+        else:
+            if path.endswith("()") and not callable(place):
+                lines.append(f"{what}: expected .{path} to be a method, got {type(place).__name__}")
+    return lines
+
+
+def missing_after_a_step(name: str) -> list[str]:
+    """Attributes of the engine, of its optimizer, and the layout of fragments."""
+    setup, paths = WRAPPERS[name]
+    with engine_of(setup) as engine:
+        train_step(engine, batches(setup.family, 1))
+        optimizer = engine.optimizer
+        lines = missing_on(engine, ENGINE, "engine") + missing_on(optimizer, paths, name)
+        if type(optimizer).__name__ != name:
+            lines.append(f"expected DeepSpeed to choose {name} here, got {type(optimizer).__name__}")
+        trainable = [p for p in engine.module.parameters() if p.requires_grad]
+        if name in ("BF16_Optimizer", "DeepSpeedZeroOptimizer"):
+            lines += missing_on(trainable[0], ("_hp_mapping",), "parameter")
+            mappings = [p._hp_mapping for p in trainable if getattr(p, "_hp_mapping", None) is not None]
+            addresses = ("lp_fragment_address.start", "hp_fragment_address.start", "hp_fragment_address.numel")
+            lines += missing_on(mappings[0], addresses, "_hp_mapping") if mappings else ["no parameter has a fragment"]
+        if name == "DeepSpeedZeroOptimizer_Stage3":
+            lines += missing_on(trainable[0], ("ds_numel", "ds_shape"), "parameter")
+            position = optimizer.grad_position[optimizer.get_param_id(trainable[0])]
+            if len(position) != 3:
+                lines.append(f"grad_position: expected (sub-group, offset, numel), got {position}")
+    return lines
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_engines_have_what_is_read(pool: RankPool, name: str) -> None:
+    lines = sorted({line for rank in pool[2].run(missing_after_a_step, name) for line in rank})
+    assert not lines, "DeepSpeed's attributes have changed:\n" + "\n".join(lines)
+
+
+def test_the_pins_are_what_zero_py_reads() -> None:
+    """An attribute of the engine or of its optimizer that `_zero.py` newly reads has to be pinned above."""
+    pinned = {part.removesuffix("()") for path in ENGINE for part in path.split(".")}
+    pinned |= {path.removesuffix("()") for _, paths in WRAPPERS.values() for path in paths}
+    read = set()
+    for node in ast.walk(ast.parse((PACKAGE / "_zero.py").read_text())):
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in ("engine", "optimizer")
+        ):
+            read.add(node.attr)
+        is_lookup = (
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr")
+        )
+        if is_lookup and isinstance(node.args[0], ast.Name) and node.args[0].id in ("engine", "optimizer", "wrapper"):
+            read |= {argument.value for argument in node.args[1:2] if isinstance(argument, ast.Constant)}
+    # Optional by design: legacy fp16 fusion, and an attribute that ds_childtune itself sets.
+    assert read - pinned - {"fused_lamb_legacy", "child_tuner"} == set(), "pin these in tests/test_seams.py"
+
+
+def test_functions_have_the_parameters_that_are_passed() -> None:
+    import deepspeed
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.utils import log_dist
+
+    expected = {
+        DeepSpeedEngine.backward: ["loss", "scale_wrt_gas"],
+        DeepSpeedEngine.set_gradient_accumulation_boundary: ["is_boundary"],
+        deepspeed.comm.all_reduce: ["tensor", "op"],
+        deepspeed.comm.all_gather_object: ["object_list", "obj"],
+        deepspeed.comm.get_rank: ["group"],
+        log_dist: ["ranks"],
+        torch.optim.Optimizer.register_step_pre_hook: ["hook"],
+        torch.optim.Optimizer.register_step_post_hook: ["hook"],
+    }
+    for function, names in expected.items():
+        parameters = inspect.signature(function).parameters
+        for name in names:
+            assert name in parameters, f"{function.__qualname__}: expected a parameter {name!r}, has {list(parameters)}"
+
+
+def hooks_and_groups(stage: int) -> tuple[int, int, bool]:
+    """How often the step hook fires in one step; flat shards that it sees; whether all of them had a gradient."""
+    with engine_of(Setup("odd", stage=stage, sub_group_size=20)) as engine:
+        seen: list[tuple[torch.Tensor, bool]] = []
+        calls = []
+
+        def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            calls.append(None)
+            seen.extend((p, p.grad is not None) for group in optimizer.param_groups for p in group["params"])
+
+        handle = getattr(engine.optimizer, "optimizer", engine.optimizer).register_step_pre_hook(hook)
+        train_step(engine, batches("odd", 1))
+        handle.remove()
+    return len(calls), len({id(tensor) for tensor, _ in seen}), all(has for _, has in seen)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_base_optimizer_is_handed_every_flat_shard_once(pool: RankPool, stage: int) -> None:
+    """See [Note: the one place] in `_zero.py`."""
+    for calls, shards, have_gradients in pool[2].run(hooks_and_groups, stage):
+        assert have_gradients, "the base optimizer is stepped without gradients"
+        assert calls == (shards if stage else 1), f"expected one call per flat shard, got {calls} for {shards} shards"
+        assert shards > 1 or stage in (1, 2)
+
+
+# ---------------------------------------------------------------- the architecture
+
+PURE = (
+    "config",
+    "eligible",
+    "shards",
+    "masks",
+    "fisher",
+    "selection",
+    "weight_decay",
+    "policies",
+    "self_check",
+    "report",
+)
+
+
+def parsed(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{module}.py").read_text())
+
+
+def imported_by(tree: ast.AST) -> set[str]:
+    """Dotted names of the modules that are imported anywhere below `tree`."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "ds_childtune":
+            names |= {f"ds_childtune.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_pure_modules_never_import_deepspeed(module: str) -> None:
+    assert not [name for name in imported_by(parsed(module)) if name.partition(".")[0] == "deepspeed"]
+
+
+def test_reading_zero_py_imports_no_deepspeed() -> None:
+    """Nothing happens at import: `_zero` imports DeepSpeed inside the functions that need it."""
+    body = ast.Module([n for n in parsed("_zero").body if isinstance(n, (ast.Import, ast.ImportFrom))], [])
+    assert not [name for name in imported_by(body) if name.partition(".")[0] == "deepspeed"]
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "_zero"])
+def test_only_zero_py_knows_deepspeed_s_runtime(module: str) -> None:
+    """Others use DeepSpeed's public comm, accelerator and logging alone."""
+    runtime = ("deepspeed.runtime", "deepspeed.ops", "deepspeed.checkpoint")
+    assert not [name for name in imported_by(parsed(module)) if name.startswith(runtime)]
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "_zero"])
+def test_only_zero_py_reads_the_engine_s_insides(module: str) -> None:
+    """No private attribute of an engine, and none of the wrappers' names, outside `_zero.py`."""
+    insides = {name.removesuffix("()") for _, names in WRAPPERS.values() for name in names} - {
+        "optimizer",
+        "param_groups",
+    }
+    for node in ast.walk(parsed(module)):
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in insides, f"{module}.py line {node.lineno} reads .{node.attr}"
+
+
+def test_imports_go_one_way() -> None:
+    """No module reaches itself through what it imports, and the pure ones import pure ones alone."""
+    prefix = "ds_childtune."
+    edges = {
+        module: {n.removeprefix(prefix) for n in imported_by(parsed(module)) if n.startswith(prefix)} & set(MODULES)
+        for module in MODULES
+    }
+
+    def reached(module: str, path: tuple[str, ...] = ()) -> None:
+        assert module not in path, f"a cycle of imports: {' -> '.join([*path, module])}"
+        for other in edges[module]:
+            reached(other, (*path, module))
+
+    for module in MODULES:
+        reached(module)
+    assert edges["tuner"], "vacuous: no import was found"
+    for module in PURE:
+        assert edges[module] <= set(PURE), f"{module}.py imports {sorted(edges[module] - set(PURE))}"
