@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -35,6 +36,9 @@ INDEX_BLOCK = 1 << 30
 
 _TILE = 1 << 15
 """Elements per eager tile: three int32 buffers and the gradient stay in a core's second-level cache."""
+
+_LANES, _FEW_LANES = 1 << 12, 1 << 6
+"""Elements of a row in the compiled kernel, at most; and at least where a fragment's size has such a divisor."""
 
 _MULTIPLIER_1 = 0x7FEB352D
 _MULTIPLIER_2 = 0x846CA68B - (1 << 32)
@@ -137,9 +141,23 @@ def random_scores(shard: FlatShard, seed: int) -> Tensor:
     return scores
 
 
-def _mask_and_scale(grad: Tensor, key: Tensor, limit: int, scale: float) -> Tensor:
-    index = torch.arange(grad.numel(), dtype=torch.int32, device=grad.device)
-    return grad.copy_(torch.where(_bits(index, key) <= limit, grad * scale, 0.0))
+def _mask_and_scale(grad: Tensor, lane: Tensor, key: Tensor, limit: int, scale: float) -> Tensor:
+    """`grad`: [rows, lanes], a 1-D gradient folded; `lane`: int32 [lanes], 0, 1, 2, ... .
+
+    Folded, because a vector of consecutive integers costs a CPU more than the hash itself: the lanes are read from a core's cache, and
+    a row is one scalar.
+    """
+    row = torch.arange(grad.shape[0], dtype=torch.int32, device=grad.device) * grad.shape[1]
+    return grad.copy_(torch.where(_bits(row[:, None] + lane, key) <= limit, grad * scale, 0.0))
+
+
+def _fold(numel: int) -> list[tuple[int, int]]:
+    """(rows, lanes) of one fold or two, the second being a rest, that cover `numel` elements."""
+    lanes = math.gcd(numel, _LANES)
+    if lanes >= _FEW_LANES or numel <= _LANES:
+        return [(numel // lanes, lanes)] if lanes >= _FEW_LANES else [(1, numel)]
+    rows, rest = divmod(numel, _LANES)
+    return [(rows, _LANES), (1, rest)]
 
 
 def _eager_kernel(grad: Tensor, key: Tensor, limit: int, scale: float) -> None:
@@ -174,9 +192,16 @@ def mask_kernel(device_type: str, dtype: torch.dtype, *, allow_compile: bool = T
         return _eager_kernel
     try:
         compiled = torch.compile(_mask_and_scale, fullgraph=True, dynamic=True)
+        lane = torch.arange(_LANES, dtype=torch.int32, device=torch.device(device_type))
 
         def fused(grad: Tensor, key: Tensor, limit: int, scale: float) -> None:
-            compiled(grad, key, limit, scale)
+            begin = 0
+            for rows, lanes in _fold(grad.numel()):
+                part = grad.narrow(0, begin, rows * lanes).view(rows, lanes)
+                # An index is one more than its predecessor, so a fold's begin goes into the increment.
+                start = torch.stack([key[0] + key[1] * begin, key[1]]) if begin else key
+                compiled(part, lane[:lanes], start, limit, scale)
+                begin += rows * lanes
 
         _check_kernel(fused, torch.device(device_type), dtype)
     except Exception as error:
@@ -193,7 +218,7 @@ def mask_kernel(device_type: str, dtype: torch.dtype, *, allow_compile: bool = T
 def _check_kernel(kernel: MaskKernel, device: torch.device, dtype: torch.dtype) -> None:
     """Raise unless `kernel` gives the eager kernel's bits on a gradient with several sizes and a scalar tail."""
     key = torch.tensor([0x1234567, -0x7654321], dtype=torch.int32, device=device)
-    for numel in (2, 4099):
+    for numel in (3 * _LANES + 2, 2 * _FEW_LANES, 3):
         grad = torch.linspace(-1, 1, numel, dtype=torch.float32, device=device).to(dtype)
         got, expected = grad.clone(), grad.clone()
         kernel(got, key, keep_limit(0.3), 1 / 0.3)

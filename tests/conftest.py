@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -16,6 +17,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Oracles are tiny, and ranks run beside this process: threads that wait for one another would take their cores.
     torch.set_num_threads(1)
+    # How long an example takes says more about the machine than about the code.
+    hypothesis.settings.register_profile("suite", deadline=None)
+    hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

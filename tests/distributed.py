@@ -184,7 +184,9 @@ def _set_environment(rank: int, world_size: int) -> None:
     os.environ |= {"LOCAL_SIZE": str(world_size), "DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1"}
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
+    # Others' warnings would bury a traceback; those that our own lines cause are errors, as in pytest's process.
     warnings.simplefilter("ignore")
+    warnings.filterwarnings("error", module=r"(ds_childtune|tests)\b")
 
 
 class RankPool:

@@ -108,11 +108,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(folder: Path, *arguments: str, ranks: int = 2, **changes: str) -> str:
-    """Run launch/finetune.py under the deepspeed launcher, on one node."""
+def deepspeed_launcher(ranks: int) -> list[str]:
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
-    command = [*launcher, "--num_gpus", str(ranks), "launch/finetune.py", *arguments]
-    with started(command, environment(folder, **changes)) as process:
+    return [*launcher, "--num_gpus", str(ranks)]
+
+
+def launch(folder: Path, *arguments: str, ranks: int = 2, script: str = "launch/finetune.py", **changes: str) -> str:
+    """Run a script under the deepspeed launcher, on one node."""
+    with started([*deepspeed_launcher(ranks), script, *arguments], environment(folder, **changes)) as process:
         return output_of(process)
 
 
@@ -204,11 +207,22 @@ def test_regression_and_language_modelling(folder: Path) -> None:
 
 def test_a_wrong_file_is_one_readable_error(folder: Path) -> None:
     arguments = job(folder, folder / "none.jsonl", "--eval-file", f"{folder}/missing.jsonl")
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port()), "--num_gpus", "2"]
-    with started([*command, "launch/finetune.py", *arguments], environment(folder)) as process:
+    with started([*deepspeed_launcher(2), "launch/finetune.py", *arguments], environment(folder)) as process:
         output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode != 0
     assert "missing.jsonl, which is not there" in output
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_hugging_face_trainer(folder: Path, stage: int) -> None:
+    """accelerate steps inside its backward, before any of Trainer's hooks: the masks must act all the same."""
+    result = folder / f"trainer-{stage}.json"
+    launch(folder, str(folder), str(stage), str(result), script="tests/trainer_job.py")
+    answer = json.loads(result.read_text())
+    assert answer["step"] == 3
+    assert answer["density"] == pytest.approx(0.3, abs=1e-3)
+    assert answer["outside moved"] == 0
+    assert answer["inside moved"] > 0.5
 
 
 # ---------------------------------------------------------------- the shipped configs

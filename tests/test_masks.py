@@ -65,7 +65,7 @@ def test_across_an_index_block() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("numel", [1, 7, 100_003])
+@pytest.mark.parametrize("numel", [1, 7, 8192, 12_290, 100_003])
 def test_kernels_are_bit_identical_and_match_the_mask(dtype: torch.dtype, numel: int) -> None:
     fragment = Fragment("w", 5, 0, numel)
     key = masks.step_keys(masks.base_keys([fragment], 3, device=CPU), 7)[0]
