@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from ds_childtune.shards import FlatShard
 
 Engine = Any
 
+What = Literal["model", "optim"]
+"""*_model_states.pt or *_optim_states.pt."""
+
 PLAIN = "plain"
 """The kind of an engine whose optimizer is the base optimizer itself: ZeRO 0 in fp32."""
 
@@ -34,7 +37,7 @@ PLAIN = "plain"
 class _Places:
     """Keys that lead to the flat shards and to the base optimizer's state dict, in DeepSpeed's file and in its own state dict."""
 
-    file: str
+    file: What
     above: tuple[str, ...]
     """From the file's top to the dict that `engine.optimizer.state_dict()` made."""
     weights: str
@@ -56,8 +59,10 @@ _SCALER = ("loss_scaler", "dynamic_loss_scale", "overflow")
 """Entries of a ZeRO optimizer's state dict that say how losses are scaled."""
 
 _NOT_THE_CLIENT_S = frozenset(
-    ("module", "skipped_steps", "global_steps", "dp_world_size", "mp_world_size", "data_sampler", "random_ltd")
-    + ("lr_scheduler", "optimizer")
+    [
+        *("module", "optimizer", "lr_scheduler", "global_steps", "skipped_steps"),
+        *("dp_world_size", "mp_world_size", "data_sampler", "random_ltd"),
+    ]
 )
 """Keys of *_model_states.pt that `load_checkpoint` keeps out of the client state that it returns."""
 
@@ -90,9 +95,9 @@ def refuse_unsupported(engine: Engine) -> None:
             raise NotImplementedError(f"ds_childtune does not save checkpoints with {what}. Remedy: {remedy}.")
 
 
-def written_files(engine: Engine, save_dir: str, tag: str) -> dict[str, Path]:
+def written_files(engine: Engine, save_dir: str, tag: str) -> dict[What, Path]:
     """The files that `save_checkpoint` writes on this rank: "model", "optim", or both."""
-    files = {}
+    files: dict[What, Path] = {}
     if engine.save_non_zero_checkpoint:
         files["model"] = Path(engine._get_ckpt_name(save_dir, tag))
     if engine.save_zero_checkpoint:
@@ -104,8 +109,8 @@ def written_files(engine: Engine, save_dir: str, tag: str) -> dict[str, Path]:
 def keeping_errors(engine: Engine) -> Iterator[list[Exception]]:
     """Keep the errors of writing files in a list: raised at once, on one rank, they would leave the others waiting in a collective."""
     errors: list[Exception] = []
-    places = ((engine.checkpoint_engine, "save"), (engine.checkpoint_engine, "makedirs"))
-    places += ((engine, "_copy_recovery_script"),)
+    writer = engine.checkpoint_engine
+    places = ((writer, "save"), (writer, "makedirs"), (engine, "_copy_recovery_script"))
 
     def kept(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -146,7 +151,7 @@ class SavedRun:
 
     folder: Path
     kind: str
-    files: Mapping[tuple[str, int], str]
+    files: Mapping[tuple[What, int], str]
     """Names, by ("model" or "optim", rank)."""
     _open: dict[str, Any] = field(default_factory=dict)
 
@@ -193,7 +198,7 @@ class SavedRun:
         parts = [self.model_states(rank)["frozen_param_fragments"][name].view(-1) for rank in ranks]
         return torch.cat(parts)[: shape.numel()].view(shape)
 
-    def _file(self, what: str, rank: int) -> dict[str, Any]:
+    def _file(self, what: What, rank: int) -> dict[str, Any]:
         name = self.files[what, rank]
         if name not in self._open:
             self._open[name] = _read(self.folder / name, trusted=what == "model")

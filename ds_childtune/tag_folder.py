@@ -9,11 +9,12 @@ length of two renames; `recover` undoes the first if the second never came.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 
-from ds_childtune.durable import sync_folder, write_bytes
+from ds_childtune.durable import explained, sync_folder, write_bytes
 
 LATEST = "latest"
 CHILD = "child"
@@ -44,6 +45,12 @@ def partial_tag(tag: str) -> str:
 
 def _aside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
+
+
+def sync_file(path: Path) -> None:
+    """Put a file that another library wrote on disk. Raises RuntimeError, see `durable.new_file`."""
+    with explained(path), path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def prepare(save_dir: Path, tag: str) -> None:
