@@ -240,6 +240,7 @@ PURE = (
     "shards",
     "masks",
     "fisher",
+    "scores",
     "selection",
     "weight_decay",
     "policies",
