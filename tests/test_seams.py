@@ -246,6 +246,10 @@ PURE = (
     "policies",
     "self_check",
     "report",
+    "child_format",
+    "child_writer",
+    "child_reader",
+    "durable",
 )
 
 
