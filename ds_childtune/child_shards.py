@@ -12,7 +12,7 @@ Between steps the flat shard has the last word: whoever edits weights (a checkpo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,7 +84,7 @@ class CompactChild:
     """What stood in the param groups, for the length of a step."""
 
     @classmethod
-    def of(cls, shards: Sequence[FlatShard], masks: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> CompactChild:
+    def of(cls, shards: Sequence[FlatShard], masks: Iterable[Tensor], optimizer: torch.optim.Optimizer) -> CompactChild:
         """Moves the optimizer's state from the flat shards to child shards; what it holds outside the child is let go.
 
         Args:
