@@ -22,6 +22,7 @@ from ds_childtune._version import __version__
 from ds_childtune.child_checkpoint import (
     KIND,
     DeepSpeedFile,
+    Progress,
     RunRecord,
     check_config,
     check_model,
@@ -52,22 +53,18 @@ Policy = TaskFreeChild | DenseChild | CompactChild
 class ChildState:
     """What a ChildTuner is at the moment."""
 
-    step: int
+    progress: Progress
     policy: Policy | None
     """None: a ChildTuning-D child that is not chosen yet."""
-    threshold: float | None = None
-    calibration_batches: int = 0
 
 
 @dataclass(frozen=True)
 class Resumed:
     """What a ChildTuner is to become."""
 
-    step: int
+    progress: Progress
     masks: list[Tensor] | None
     """bool 1-D, one for each flat shard, True = inside the child or not eligible; None: nothing was chosen, or ChildTuning-F."""
-    threshold: float | None
-    calibration_batches: int
 
 
 @dataclass(frozen=True)
@@ -207,10 +204,8 @@ class Checkpoints:
 
     def _manifest(self, state: ChildState, everyone: Sequence[_Written]) -> Manifest:
         record = RunRecord(
-            step=state.step,
+            progress=state.progress,
             chosen=state.policy is not None,
-            threshold=state.threshold,
-            calibration_batches=state.calibration_batches,
             world_size=dist.get_world_size(),
             optimizer=_zero_checkpoint.kind_of(self._engine),
             precision=str(_zero.model_dtype(self._engine)).removeprefix("torch."),
@@ -281,7 +276,7 @@ class Checkpoints:
         here = folder / name
         same_shape = self._is_same_shape(child, record, mine)
         # Dense again, so that DeepSpeed finds what it wrote.
-        self._resume(Resumed(0, None, None, 0))
+        self._resume(Resumed(Progress(), None))
         if same_shape:
             path, client_state = load_as_deepspeed_does()
         else:
@@ -290,7 +285,7 @@ class Checkpoints:
         with raising_together():
             if record.chosen and self._config.mode == "ChildTuning-D":
                 masks = read_masks(child, self._shards)
-        policy = self._resume(Resumed(record.step, masks, record.threshold, record.calibration_batches))
+        policy = self._resume(Resumed(record.progress, masks))
         with raising_together():
             if isinstance(policy, CompactChild):
                 read_compact(child, policy)

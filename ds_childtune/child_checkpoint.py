@@ -62,17 +62,30 @@ class DeepSpeedFile:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a child has come, in numbers of ChildTuner's."""
+
+    __pydantic_config__ = _STRICT
+
+    step: _Count = 0
+    """Applied steps."""
+    selected_at: _Count = 0
+    """ChildTuning-D: applied steps when the child was chosen."""
+    earlier_children: bool = False
+    """ChildTuning-D: whether another child was trained before this one."""
+    threshold: float | None = None
+    calibration_batches: _Count = 0
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """The manifest's `extra`: the run that wrote the checkpoint."""
 
     __pydantic_config__ = _STRICT
 
-    step: _Count
-    """Applied steps of the child."""
+    progress: Progress
     chosen: bool
     """False: a ChildTuning-D child that `select` had not fixed yet."""
-    threshold: float | None
-    calibration_batches: _Count
     world_size: Annotated[int, Field(ge=1)]
     optimizer: str
     """How DeepSpeed laid out its state, see `_zero_checkpoint.kind_of`."""
