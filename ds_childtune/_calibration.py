@@ -71,7 +71,8 @@ def estimate_fisher(
             'ds_childtune does not support fisher.estimator "per_micro_batch" in fp16, where squares underflow.'
             ' Remedy: use bf16, or fisher.estimator "per_global_batch".'
         )
-    fisher_pass = _FisherPass(engine, FisherAccumulator(shards, square=config.estimator == "per_global_batch"), config)
+    square = config.estimator == "per_global_batch"
+    fisher_pass = _FisherPass(engine, FisherAccumulator(shards, square=square, dtype=config.score_dtype), config)
     with fisher_pass.hooks(parameters, eligible), _same_afterwards(engine, config.model_mode):
         fisher_pass.run(batches, loss_fn)
     return fisher_pass.finish(eligible)
@@ -130,7 +131,7 @@ class _FisherPass:
                     raise ValueError(_not_finite("gradients", round_.number))
 
     def finish(self, eligible: frozenset[str]) -> Fisher:
-        """Check that every eligible parameter had a gradient, and turn sums into means. A collective."""
+        """Check that every eligible parameter had a gradient, and count the terms. A collective."""
         names = sorted(eligible)
         reached = torch.tensor([n in self._ever_reached for n in names], dtype=torch.int64, device=device())
         sum_over_ranks(reached)
@@ -142,7 +143,7 @@ class _FisherPass:
             )
         if not self._terms:
             raise ValueError(_not_finite("gradients", 0))
-        return self.accumulator.mean(self._terms)
+        return Fisher(self.accumulator.sums, self._terms)
 
 
 @dataclass(frozen=True)

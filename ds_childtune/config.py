@@ -27,6 +27,10 @@ class FisherConfig(_Block):
     """Clip each parameter's micro-batch gradient to this norm before squaring it, as the original code does with 1.0;
     null does not clip."""
 
+    score_dtype: Literal["fp32", "e8m8"] = "fp32"
+    """What an element's score is kept in during the pass: 4 bytes, or 2 with the range of fp32 and 8 bits of mantissa, rounded
+    stochastically."""
+
     model_mode: Literal["eval", "train"] = "eval"
     """`eval`: no dropout, so that the child does not depend on random numbers. `train`: dropout as in the original code;
     also what activation checkpointing needs to be active in transformers."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ds_childtune.scores import Rounding, ScoreDtype, Scores, new_scores
 from ds_childtune.shards import FlatShard
 
 
@@ -33,28 +34,32 @@ def squared(grad: Tensor, max_grad_norm: float | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Fisher:
-    """Diagonal empirical Fisher information, on this rank's shards."""
+    """Diagonal empirical Fisher information of the eligible fragments on this rank's shards, times `terms`."""
 
-    shards: list[Tensor]
-    """fp32 1-D, one for each flat shard and laid out like it; what lies outside eligible fragments has no meaning."""
+    sums: list[list[Scores]]
+    """For each flat shard, its eligible fragments' sums over the terms."""
 
     terms: int
     """Terms of the mean: micro-batches over all ranks, or global batches."""
 
 
 class FisherAccumulator:
-    """Sums what the base optimizer is handed, in fp32: 4 bytes for each element of a shard."""
+    """Sums what the base optimizer is handed: 4 bytes for each eligible element of a shard, or 2 in e8m8."""
 
-    def __init__(self, shards: Sequence[FlatShard], *, square: bool) -> None:
+    def __init__(self, shards: Sequence[FlatShard], *, square: bool, dtype: ScoreDtype = "fp32") -> None:
         """
         Args:
             square: True to square here, after the reduction (`per_global_batch`); False when hooks have squared already.
+            dtype: see [Note: e8m8] in scores.py.
         """
-        self._shards = {s.tensor: s for s in shards}
         self._square = square
-        self.sums = [torch.zeros(s.numel, dtype=torch.float32, device=s.tensor.device) for s in shards]
-        """fp32 1-D, one for each flat shard; what lies outside eligible fragments has no meaning."""
-        self._sum_of = dict(zip(self._shards, self.sums, strict=True))
+        self._terms = 0
+        self._rounding: dict[torch.device, Rounding] = {}
+        self.sums = [
+            [Scores(f.name, f.param_start, new_scores(f.numel, dtype, s.tensor.device), f.counted) for f in s.eligible]
+            for s in shards
+        ]
+        self._sums_of = {s.tensor: (s, sums) for s, sums in zip(shards, self.sums, strict=True)}
 
     def add(self, tensors: Collection[Tensor], weight: float, absent: Collection[str]) -> None:
         """Add the gradients of the flat shards `tensors`.
@@ -63,27 +68,21 @@ class FisherAccumulator:
             weight: factor of the added term.
             absent: parameters that the backward pass did not reach: what their fragments hold is stale.
         """
+        self._terms += 1
         for tensor in tensors:
-            shard = self._shards[tensor]
+            shard, sums = self._sums_of[tensor]
             grad = shard.flat_grad()
             if grad is None:
                 continue
-            total = self._sum_of[tensor]
-            if not absent:
-                self._add(total, grad, weight)
-                continue
-            for fragment in shard.eligible:
+            for fragment, total in zip(shard.eligible, sums, strict=True):
                 if fragment.name not in absent:
-                    self._add(fragment.of(total), fragment.of(grad), weight)
+                    self._add(total, fragment.of(grad), weight)
 
-    def _add(self, total: Tensor, grad: Tensor, weight: float) -> None:
-        if self._square:
-            total.addcmul_(grad, grad, value=weight)
+    def _add(self, total: Scores, grad: Tensor, weight: float) -> None:
+        if total.values.dtype != torch.float32:
+            rounding = self._rounding.setdefault(grad.device, Rounding(grad.device))
+            rounding.add_(total, grad * grad if self._square else grad, weight, self._terms)
+        elif self._square:
+            total.values.addcmul_(grad, grad, value=weight)
         else:
-            total.add_(grad, alpha=weight)
-
-    def mean(self, terms: int) -> Fisher:
-        """Turn the sums into means, in place."""
-        for total in self.sums:
-            total.div_(terms)
-        return Fisher(self.sums, terms)
+            total.values.add_(grad, alpha=weight)

@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ds_childtune.shards import FlatShard, Fragment
+from ds_childtune.shards import Fragment
 
 INDEX_BLOCK = 1 << 30
 """Elements of a parameter that share one key: indices inside a block fit in int32."""
@@ -130,14 +130,17 @@ def bernoulli_mask(fragment: Fragment, seed: int, step: int, reserve_p: float, *
     return mask
 
 
-def random_scores(shard: FlatShard, seed: int) -> Tensor:
-    """fp32 1-D, laid out like `shard`: random finite numbers >= 0 for the eligible fragments, keyed by the element."""
-    scores = torch.zeros(shard.numel, dtype=torch.float32, device=shard.tensor.device)
-    for fragment in shard.eligible:
-        pieces = split_blocks(fragment)
-        for piece, key in zip(pieces, step_keys(base_keys(pieces, seed, device=scores.device), 0), strict=True):
-            index = torch.arange(piece.numel, dtype=torch.int32, device=scores.device)
-            piece.of(scores).copy_((_bits(index, key) & 0x3FFFFFFF).view(torch.float32))
+def random_scores(fragment: Fragment, seed: int, *, device: torch.device) -> Tensor:
+    """fp32 1-D [fragment.numel]: random finite numbers >= 0, keyed by the element."""
+    scores = torch.empty(fragment.numel, dtype=torch.float32, device=device)
+    pieces = split_blocks(fragment)
+    done = 0
+    for piece, key in zip(pieces, step_keys(base_keys(pieces, seed, device=device), 0), strict=True):
+        for begin in range(0, piece.numel, _TILE):
+            end = min(begin + _TILE, piece.numel)
+            index = torch.arange(begin, end, dtype=torch.int32, device=device)
+            scores[done + begin : done + end] = (_bits(index, key) & 0x3FFFFFFF).view(torch.float32)
+        done += piece.numel
     return scores
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ class DenseChild:
     def __init__(
         self,
         shards: Sequence[FlatShard],
-        masks: Sequence[Tensor],
+        masks: Iterable[Tensor],
         optimizer: torch.optim.Optimizer,
         *,
         decay_outside: bool,

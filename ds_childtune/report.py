@@ -36,7 +36,7 @@ class Report:
     calibration_batches: int = 0
     """Micro-batches, or global batches, that Fisher information was averaged over."""
     threshold: float | None = None
-    """ChildTuning-D: the k-th largest score."""
+    """ChildTuning-D: the k-th largest score; None with selector `lowest_fisher`."""
 
     @property
     def numel(self) -> int:
@@ -71,6 +71,7 @@ class Report:
         if self.calibration_batches:
             lines.append(
                 f"  Fisher over {self.calibration_batches} batches in {self.fisher_seconds:.1f} s;"
-                f" selection in {self.selection_seconds:.2f} s, threshold {self.threshold:.3e}"
+                f" selection in {self.selection_seconds:.2f} s"
+                + (f", threshold {self.threshold:.3e}" if self.threshold is not None else "")
             )
         return "\n".join(lines)

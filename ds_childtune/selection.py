@@ -1,28 +1,30 @@
 """ChildTuning-D's child: exactly the k elements with the largest scores, over all ranks, without gathering them.
 
 Section 3.2 of Xu et al. (EMNLP 2021, arXiv 2109.05687) keeps the elements whose Fisher information is in the top p. Here the k-th
-largest score is found by a radix select: scores are fp32 and >= 0, so their bit patterns order like integers, and three
+largest score is found by a radix select: the bit patterns of fp32 scores >= 0 order like integers, and three
 histograms (12, 10 and 10 bits), all-reduced, pin the threshold's 32 bits. Elements equal to it are taken in the order
 (parameter name, element index) until exactly k are chosen; three more kinds of histogram find where that order is cut.
 The outcome is a `Cut`, three integers that every rank agrees on, and each rank marks its own elements from it.
 
 On the wire: 48 KiB of histograms, 8 bytes for each eligible parameter, and at most 40 KiB for the tie, whatever the
-number of elements and ranks. In memory: a few tiles of `_TILE` elements, whatever the size of the shard.
+number of elements and ranks. In memory: a few tiles of `TILE` elements, whatever the size of the shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_TILE = 1 << 20
+from ds_childtune.scores import TILE, Scores
+
 _FIELDS = ((20, 12), (10, 10), (0, 10))
 """(shift, bits) of the score's fields, from the top; the first holds the sign, so that bad scores show in its counts."""
 
-_FIRST_BAD_BIN = 0x7F800000 >> 20
+_INFINITY = 0x7F800000
+_FIRST_BAD_BIN = _INFINITY >> 20
 """Bins of the first field from here on hold inf, NaN and negative numbers."""
 
 _INDEX_BITS = 10
@@ -39,21 +41,6 @@ class BadScores(ValueError):
         super().__init__(f"expected finite scores >= 0, got others in {names}")
         self.names = names
         """The parameters concerned, of those that this rank counts."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The scores of one fragment."""
-
-    name: str
-    param_start: int
-    """Index of the first element in the flattened parameter."""
-
-    values: Tensor
-    """fp32 1-D, >= 0."""
-
-    counted: bool = True
-    """False where another rank counts the same elements."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +81,7 @@ def find_cut(
     for shift, bits in _FIELDS:
         histogram = torch.zeros(1 << bits, dtype=torch.int64, device=device)
         for s in counted:
-            for tile in _bit_tiles(s.values):
+            for tile in s.bit_tiles():
                 if shift_done < 32:
                     tile = tile[(tile >> shift_done) == prefix]
                 histogram += torch.bincount((tile >> shift).bitwise_and_((1 << bits) - 1), minlength=1 << bits).to(
@@ -102,7 +89,7 @@ def find_cut(
                 )
         all_reduce(histogram)
         if shift_done == 32 and int(histogram[_FIRST_BAD_BIN:].sum()):
-            raise BadScores([s.name for s in counted if not bool((torch.isfinite(s.values) & (s.values >= 0)).all())])
+            raise BadScores([s.name for s in counted if not _all_finite(s)])
         bin_, above = _bin_from_the_top(histogram, remaining)
         prefix, shift_done, remaining = (prefix << bits) | bin_, shift, remaining - above
     return _cut_ties(counted, sorted(names), prefix, remaining, all_reduce, device)
@@ -115,7 +102,7 @@ def _cut_ties(
     rank_of = {name: i for i, name in enumerate(names)}
     ties = torch.zeros(len(names), dtype=torch.int64, device=device)
     for s in scores:
-        ties[rank_of[s.name]] += sum((tile == bits).sum() for tile in _bit_tiles(s.values)).to(device)  # type: ignore[union-attr]
+        ties[rank_of[s.name]] += sum((tile == bits).sum() for tile in s.bit_tiles()).to(device)  # type: ignore[union-attr]
     all_reduce(ties)
     total = ties.cumsum(0)
     parameter = int((total < k).sum())
@@ -126,8 +113,8 @@ def _cut_ties(
     for shift in _INDEX_SHIFTS:
         histogram = torch.zeros(1 << _INDEX_BITS, dtype=torch.int64, device=device)
         for s in fragments:
-            for begin, tile in enumerate(_bit_tiles(s.values)):
-                index = torch.nonzero(tile == bits).view(-1) + (s.param_start + begin * _TILE)
+            for begin, tile in enumerate(s.bit_tiles()):
+                index = torch.nonzero(tile == bits).view(-1) + (s.param_start + begin * TILE)
                 index = index[(index >> (shift + _INDEX_BITS)) == prefix] >> shift
                 histogram += torch.bincount(index.bitwise_and_((1 << _INDEX_BITS) - 1), minlength=1 << _INDEX_BITS).to(
                     device
@@ -146,8 +133,8 @@ def mark_inside(scores: Scores, cut: Cut, out: Tensor) -> None:
     Args:
         out: bool, of the shape of `scores.values`; True = inside the child.
     """
-    for begin, tile in enumerate(_bit_tiles(scores.values)):
-        offset = begin * _TILE
+    for begin, tile in enumerate(scores.bit_tiles()):
+        offset = begin * TILE
         inside = out[offset : offset + tile.numel()]
         if scores.name < cut.name:
             torch.ge(tile, cut.bits, out=inside)
@@ -158,14 +145,9 @@ def mark_inside(scores: Scores, cut: Cut, out: Tensor) -> None:
             inside[:n] |= tile[:n] == cut.bits
 
 
-def reverse_order(scores: Tensor) -> None:
-    """In place: turn finite fp32 scores >= 0 into other such scores in the opposite order, exactly."""
-    words = scores.view(torch.int32)
-    words.neg_().add_(0x7F7FFFFF)
-
-
-def _bit_tiles(values: Tensor) -> Iterator[Tensor]:
-    yield from values.view(torch.int32).split(_TILE)
+def _all_finite(scores: Scores) -> bool:
+    # As integers, negative numbers are negative, and inf and NaN are the largest.
+    return all(bool(((tile >= 0) & (tile < _INFINITY)).all()) for tile in scores.bit_tiles())
 
 
 def _bin_from_the_top(histogram: Tensor, k: int) -> tuple[int, int]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,7 +23,8 @@ from ds_childtune.fisher import Fisher
 from ds_childtune.masks import random_scores
 from ds_childtune.policies import DenseChild, TaskFreeChild
 from ds_childtune.report import ParameterReport, Report
-from ds_childtune.selection import BadScores, Cut, Scores, find_cut, mark_inside, reverse_order
+from ds_childtune.scores import Scores
+from ds_childtune.selection import BadScores, Cut, find_cut, mark_inside
 from ds_childtune.self_check import SelfCheck, judge
 from ds_childtune.shards import FlatShard, Fragment, mark_eligible
 from ds_childtune.weight_decay import decay_style
@@ -50,6 +52,14 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
         parameters = _zero.read_parameters(engine)
         eligible = eligible_names(engine.module, tuple(parameters.by_name), parsed)
         shards = mark_eligible(_zero.read_flat_shards(engine, parameters), eligible)
+        against = (
+            "the masks act after the norm" if parsed.optimizer_state == "dense" else _zero_deep.reason_against(engine)
+        )
+        if parsed.clip == "child" and against is not None:
+            raise NotImplementedError(
+                f'ds_childtune does not support child_tuning.clip "child" here: {against}. Remedy: use ZeRO-3 without offload and'
+                ' optimizer_state "compact", or remove clip.'
+            )
         if parsed.mode == "ChildTuning-D" and parsed.compat is None and parsed.optimizer_state == "dense":
             for group in _zero.base_optimizer(engine).param_groups:
                 decay_style(_zero.base_optimizer(engine), group)
@@ -139,7 +149,12 @@ class ChildTuner:
     def gather_fisher(self, fisher: Fisher, name: str) -> Tensor:
         """fp32 of the eligible parameter's full shape, on every rank. A collective."""
         name = self._eligible_name(name)
-        values = [(f, f.of(total)) for s, total in zip(self._shards, fisher.shards, strict=True) for f in s.fragments]
+        values = [
+            (f, total.float() / fisher.terms)
+            for shard, sums in zip(self._shards, fisher.sums, strict=True)
+            for f, total in zip(shard.eligible, sums, strict=True)
+            if f.name == name
+        ]
         return self._gather(name, values, torch.float32)
 
     def select(self, batches: Iterable[Any] | None = None, loss_fn: LossFunction | None = None) -> Report:
@@ -162,10 +177,8 @@ class ChildTuner:
         started = time.perf_counter()
         scores, terms = self._scores(batches, loss_fn)
         scored = time.perf_counter()
-        masks, cut = self._choose(scores)
-        del scores
-        self._policy = self._fixed_child(masks)
-        del masks
+        cut = self._cut(scores)
+        self._policy = self._fixed_child(_masks(self._shards, scores, cut))
         # The original lets weight decay move the complement: there is nothing to check then.
         self._self_check = SelfCheck() if self.config.compat is None else None
         chosen = time.perf_counter()
@@ -176,18 +189,18 @@ class ChildTuner:
             fisher_seconds=scored - started if terms else 0.0,
             selection_seconds=chosen - scored,
             calibration_batches=terms,
-            threshold=cut.threshold,
+            threshold=None if self.config.selector == "lowest_fisher" else cut.threshold / max(terms, 1),
         )
         log_dist(str(self._report), ranks=[0])
         return self._report
 
-    def _scores(self, batches: Iterable[Any] | None, loss_fn: LossFunction | None) -> tuple[list[Tensor], int]:
-        """What the selector maximises: fp32 1-D, one for each flat shard; and the terms of Fisher's mean."""
+    def _scores(self, batches: Iterable[Any] | None, loss_fn: LossFunction | None) -> tuple[list[list[Scores]], int]:
+        """What the selector maximises, for each flat shard's eligible fragments; and the terms of Fisher's mean."""
         selector = self.config.selector
         if selector == "magnitude":
-            return [s.flat().abs().float() for s in self._shards], 0
+            return self._score_each(lambda shard, f: f.of(shard.flat()).abs().float()), 0
         if selector == "random":
-            return [random_scores(s, self.config.seed) for s in self._shards], 0
+            return self._score_each(lambda s, f: random_scores(f, self.config.seed, device=s.tensor.device)), 0
         with raising_together():
             if batches is None:
                 raise ValueError(
@@ -197,17 +210,15 @@ class ChildTuner:
         assert batches is not None
         fisher = self.estimate_fisher(batches, loss_fn)
         if selector == "lowest_fisher":
-            for score in fisher.shards:
-                reverse_order(score)
-        return fisher.shards, fisher.terms
+            for scores in itertools.chain(*fisher.sums):
+                scores.reverse_order()
+        return fisher.sums, fisher.terms
 
-    def _choose(self, scores: Sequence[Tensor]) -> tuple[list[Tensor], Cut]:
-        """The child's mask for each flat shard: bool 1-D, True outside eligible fragments too."""
-        fragments = [
-            Scores(f.name, f.param_start, f.of(score), f.counted)
-            for shard, score in zip(self._shards, scores, strict=True)
-            for f in shard.eligible
-        ]
+    def _score_each(self, score: Callable[[FlatShard, Fragment], Tensor]) -> list[list[Scores]]:
+        return [[Scores(f.name, f.param_start, score(s, f), f.counted) for f in s.eligible] for s in self._shards]
+
+    def _cut(self, scores: Sequence[Sequence[Scores]]) -> Cut:
+        """Where the child ends. A collective."""
         eligible = sum(self._parameters.shapes[name].numel() for name in self._eligible)
         k = round(self.config.reserve_p * eligible)
         if k == 0:
@@ -216,20 +227,15 @@ class ChildTuner:
                 " Remedy: raise it, or make more parameters eligible."
             )
         try:
-            cut = find_cut(fragments, sorted(self._eligible), k, sum_over_ranks, device())
+            return find_cut(list(itertools.chain(*scores)), sorted(self._eligible), k, sum_over_ranks, device())
         except BadScores as bad:
             names = sorted(set().union(*gather_objects(bad.names)))
             raise ValueError(
                 f"child selection: expected finite scores >= 0, got NaN, inf or negative ones in {', '.join(names[:5])}."
                 " Remedy: look for overflowing gradients in the calibration batches, or lower fisher.max_grad_norm."
             ) from None
-        masks = [torch.ones(s.numel, dtype=torch.bool, device=s.tensor.device) for s in self._shards]
-        places = [f.of(mask) for shard, mask in zip(self._shards, masks, strict=True) for f in shard.eligible]
-        for fragment, place in zip(fragments, places, strict=True):
-            mark_inside(fragment, cut, place)
-        return masks, cut
 
-    def _fixed_child(self, masks: Sequence[Tensor]) -> DenseChild | CompactChild:
+    def _fixed_child(self, masks: Iterable[Tensor]) -> DenseChild | CompactChild:
         """The child that trains from here on. Elements that stay keep their state."""
         base = _zero.base_optimizer(self.engine)
         if self.config.optimizer_state == "compact":
@@ -422,3 +428,16 @@ class ChildTuner:
             handle.remove()
         self._handles.clear()
         self.engine.child_tuner = None
+
+
+def _masks(shards: Sequence[FlatShard], scores: list[list[Scores]], cut: Cut) -> Iterator[Tensor]:
+    """The child's mask for each flat shard: bool 1-D, True outside eligible fragments too.
+
+    One shard at a time, and its scores are let go: they are what a Fisher pass costs.
+    """
+    for i, shard in enumerate(shards):
+        mask = torch.ones(shard.numel, dtype=torch.bool, device=shard.tensor.device)
+        for fragment, of_fragment in zip(shard.eligible, scores[i], strict=True):
+            mark_inside(of_fragment, cut, fragment.of(mask))
+        scores[i] = []
+        yield mask

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_childtune.selection import BadScores, Scores, find_cut, mark_inside, reverse_order
+from ds_childtune.scores import Scores
+from ds_childtune.selection import BadScores, find_cut, mark_inside
 
 CPU = torch.device("cpu")
 
@@ -83,7 +84,7 @@ def test_bad_scores_are_named(bad: float) -> None:
 def test_reverse_order_is_exact(values: list[float]) -> None:
     before = torch.tensor(values, dtype=torch.float32)
     after = before.clone()
-    reverse_order(after)
+    Scores("a", 0, after).reverse_order()
     assert bool(torch.isfinite(after).all())
     assert bool((after >= 0).all())
     assert torch.equal(before[:, None] < before[None, :], after[:, None] > after[None, :])

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ds_childtune.masks import base_keys, keep_limit, mask_kernel, step_keys
-from ds_childtune.selection import Scores, find_cut
+from ds_childtune.scores import Scores
+from ds_childtune.selection import find_cut
 from ds_childtune.shards import Fragment
 
 

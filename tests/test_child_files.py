@@ -1,0 +1,145 @@
+"""A child's files: what is written comes back, in any partition, and what is damaged is refused."""
+
+from __future__ import annotations
+
+import json
+import resource
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ds_childtune.child_format import DTYPES, ChildFileError, Manifest, ParameterEntry, Piece
+from ds_childtune.child_reader import open_child
+from ds_childtune.child_writer import commit, write_pieces
+from ds_childtune.durable import new_folder
+
+MASKS = st.lists(st.booleans(), min_size=1, max_size=70) | st.tuples(st.booleans(), st.integers(1, 70)).map(
+    lambda t: [t[0]] * t[1]
+)
+
+
+def values_like(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Every element another value, as far as the dtype can tell."""
+    return torch.arange(mask.numel()).to(dtype)
+
+
+def write(folder: Path, masks: dict[str, Tensor], cuts: Sequence[int], dtype: torch.dtype) -> None:
+    """A child of whole masks, each parameter cut at the same elements, its pieces dealt to three writers."""
+    writers: list[list[Piece]] = [[], [], []]
+    for name, mask in masks.items():
+        values = values_like(mask, dtype)
+        ends = sorted({min(c, mask.numel()) for c in cuts} | {0, mask.numel()})
+        for i, (start, end) in enumerate(pairwise(ends)):
+            part = slice(start, end)
+            piece = Piece.of(name, start, mask[part], values=values[part], moment=2 * values[part].float())
+            writers[i % 3].append(replace(piece, numbers={"step": 3}))
+    files = [write_pieces(folder, rank, pieces) for rank, pieces in enumerate(writers)]
+    name_of = {dtype: name for name, dtype in DTYPES.items()}
+    parameters = tuple(ParameterEntry(n, (m.numel(),), name_of[dtype], True) for n, m in masks.items())
+    commit(folder, Manifest("0", "export", {}, parameters, tuple(f for f in files if f), {"note": [1, None]}))
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(MASKS, min_size=1, max_size=3),
+    st.sets(st.integers(1, 70)),
+    st.sampled_from(list(DTYPES.values())),
+    st.data(),
+)
+def test_what_is_written_comes_back_in_any_partition(
+    masks: list[list[bool]], cuts: set[int], dtype: torch.dtype, data: st.DataObject
+) -> None:
+    whole = {f"h.{i}.weight": torch.tensor(mask) for i, mask in enumerate(masks)}
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), whole, sorted(cuts), dtype)
+        child = open_child(folder, kind="export")
+        assert child.manifest.extra == {"note": [1, None]}
+        for name, mask in whole.items():
+            start = data.draw(st.integers(0, mask.numel()))
+            numel = data.draw(st.integers(0, mask.numel() - start))
+            part = slice(start, start + numel)
+            piece = child.read(name, start, numel)
+            assert torch.equal(piece.mask(), mask[part])
+            values = values_like(mask, dtype)[part][mask[part]]
+            assert piece.tensors["values"].dtype == dtype
+            assert torch.equal(piece.tensors["values"], values)
+            assert torch.equal(piece.tensors["moment"], 2 * values.float())
+            assert piece.numbers == {"step": 3}
+            assert child.kept(name) == int(mask.sum())
+            assert torch.equal(torch.cat([p.mask() for p in child.pieces(name)]), mask)
+
+
+def test_others_can_read_the_files(tmp_path: Path) -> None:
+    """safetensors alone, with the format note at hand: both encodings of a mask, and none for a whole piece."""
+    few, many, all_of_them = torch.zeros(100).bool(), torch.ones(100).bool(), torch.ones(100).bool()
+    few[[3, 97]] = True
+    many[50] = False
+    write(tmp_path, {"few": few, "many": many, "all": all_of_them}, [], torch.float32)
+    (path,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(path)
+    assert tensors["few@0/index"].tolist() == [3, 97]
+    bits = [bool(int(byte) >> i & 1) for byte in tensors["many@0/mask"] for i in range(8)]
+    assert bits[:100] == many.tolist()
+    assert not any(bits[100:])
+    assert sorted(k for k in tensors if k.startswith("all")) == ["all@0/moment", "all@0/values"]
+    assert json.loads((tmp_path / "child.json").read_text())["version"] == 1
+
+
+def test_writing_again_replaces_the_child_in_one_instant(tmp_path: Path) -> None:
+    write(tmp_path, {"w": torch.arange(9) % 2 == 0}, [4], torch.float32)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    # Killed between its pieces and the manifest: the first child is still there.
+    write_pieces(tmp_path, 0, [Piece.of("w", 0, torch.ones(9).bool())])
+    assert open_child(tmp_path).kept("w") == 5
+    write(tmp_path, {"w": torch.arange(9) % 3 == 0}, [4], torch.float32)
+    assert open_child(tmp_path).kept("w") == 3
+    after = sorted(p.name for p in tmp_path.iterdir())
+    assert len(after) == len(before) == 3
+    assert after != before
+
+
+def test_a_file_of_another_machine_is_missed_before_the_manifest(tmp_path: Path) -> None:
+    file = write_pieces(tmp_path, 0, [Piece.of("w", 0, torch.ones(9).bool())])
+    assert file is not None
+    (tmp_path / file.name).unlink()
+    with pytest.raises(RuntimeError, match="shared file system"):
+        commit(tmp_path, Manifest("0", "export", {}, (), (file,)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_a_readable_error_and_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on the size of files is the nearest that a process can do to itself."""
+    write(tmp_path, {"w": torch.arange(9) % 2 == 0}, [], torch.float32)
+    before = sorted(tmp_path.iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(RuntimeError, match=r"expected to write .*, got: File too large\. Remedy"):
+            write_pieces(tmp_path, 1, [Piece.of("w", 0, torch.ones(9000).bool(), values=torch.ones(9000))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(tmp_path.iterdir()) == before
+    assert open_child(tmp_path).kept("w") == 5
+
+
+def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
+    """A file in the place of a folder: root, too, is refused there."""
+    (tmp_path / "file").write_text("")
+    for act in (lambda p: new_folder(p), lambda p: write_pieces(p, 0, [Piece.of("w", 0, torch.ones(9).bool())])):
+        with pytest.raises(RuntimeError, match=r"expected to write .*, got: Not a directory\. Remedy: choose a path"):
+            act(tmp_path / "file" / "child")
+
+
+def test_a_folder_that_is_no_child(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ChildFileError, match=r"expected a child's folder with a readable child\.json"):
+            open_child(folder)
