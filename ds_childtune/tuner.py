@@ -6,7 +6,11 @@ import difflib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+<<<<<<< HEAD
 from contextlib import nullcontext
+=======
+from pathlib import Path
+>>>>>>> main
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ from torch import Tensor
 from ds_childtune import _zero, _zero_deep, _zero_reads
 from ds_childtune._calibration import LossFunction, default_loss, estimate_fisher
 from ds_childtune._ranks import check_same, device, gather_objects, raising_together, sum_over_ranks
+from ds_childtune.child_export import export_child
 from ds_childtune.child_shards import CompactChild
 from ds_childtune.config import ChildTuningConfig, parse_config
 from ds_childtune.eligible import eligible_names
@@ -103,6 +108,10 @@ class ChildTuner:
         self._shard_of = {s.tensor: s for s in shards}
         self._stepped: set[Tensor] = set()
         """Flat shards that the base optimizer has stepped in the current applied step."""
+        self._selected_at = 0
+        """The applied step at which the child was chosen."""
+        self._earlier_children = False
+        """Whether another child was trained before this one."""
         self._self_check: SelfCheck | None = None
         self._report: Report | None = None
         self._policy: TaskFreeChild | DenseChild | CompactChild | None = None
@@ -178,6 +187,8 @@ class ChildTuner:
         scores, terms = self._scores(batches, loss_fn)
         scored = time.perf_counter()
         cut = self._cut(scores)
+        self._earlier_children |= self._policy is not None and self.step > self._selected_at
+        self._selected_at = self.step
         self._policy = self._fixed_child(_masks(self._shards, scores, cut))
         # The original lets weight decay move the complement: there is nothing to check then.
         self._self_check = SelfCheck() if self.config.compat is None else None
@@ -248,6 +259,32 @@ class ChildTuner:
             self._take_back_reads = _zero_reads.redirect(self.engine, child)
             return child
         return DenseChild(self._shards, masks, base, decay_outside=self.config.compat == "original")
+
+    # ---------------------------------------------------------------- the child alone
+
+    def export(self, path: str | Path) -> None:
+        """Write ChildTuning-D's child alone, in Hugging Face names: see [Note: export], and `apply_child`. A collective.
+
+        Args:
+            path: a folder that every rank sees. A child that it had before is replaced in one instant.
+
+        Raises:
+            NotImplementedError: on every rank, where elements outside the child have moved, or weights are not in memory.
+            RuntimeError: on every rank, before `select`, or when the system refuses, for example with a full disk.
+        """
+        policy = self._chosen_policy()
+        reason = ""
+        if isinstance(policy, TaskFreeChild) or self.config.compat is not None:
+            reason = f'{self.config.mode} with compat "{self.config.compat}", which moves every element'
+        elif self._earlier_children:
+            reason = "a child that was chosen after another one had been trained, whose elements have moved too"
+        if isinstance(policy, TaskFreeChild) or reason:
+            raise NotImplementedError(
+                f"export: expected a fixed child, outside of which nothing has moved since attach, got {reason}."
+                " Remedy: save the whole model with engine.save_16bit_model."
+            )
+        masks = ((f, policy.mask(s.tensor, f)) for s in self._shards for f in s.fragments)
+        export_child(Path(path), self.engine.module, masks, self.config.model_dump(mode="json"), self.step)
 
     # ---------------------------------------------------------------- inspection
 

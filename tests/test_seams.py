@@ -128,6 +128,9 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
 }
 """By the class of `engine.optimizer`: an engine that has it, and what is read on it."""
 
+PARTITIONED = ("ds_numel", "ds_process_group", "ds_shape", "ds_tensor.ds_numel", "ds_tensor.final_location")
+"""Read on a parameter of ZeRO-3."""
+
 
 OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "partition_grads": ("params_to_release", "grad_partitions"),
@@ -178,8 +181,12 @@ def missing_after_a_step(name: str) -> list[str]:
             addresses += ("optim_fragment", "get_optim_state_fragment()", "set_optim_state_fragment()")
             lines += missing_on(mappings[0], addresses, "_hp_mapping") if mappings else ["no parameter has a fragment"]
         if name == "DeepSpeedZeroOptimizer_Stage3":
+<<<<<<< HEAD
             lines += missing_on(trainable[0], ("ds_id", "ds_numel", "ds_shape", "partition_numel()"), "parameter")
             lines += missing_on(optimizer.fp32_partitioned_groups_flat[0], ("ds_id",), "flat shard")
+=======
+            lines += missing_on(trainable[0], PARTITIONED, "parameter")
+>>>>>>> main
             position = optimizer.grad_position[optimizer.get_param_id(trainable[0])]
             if len(position) != 3:
                 lines.append(f"grad_position: expected (sub-group, offset, numel), got {position}")
@@ -218,6 +225,10 @@ def test_the_pins_are_what_zero_py_reads() -> None:
         )
         if is_lookup and isinstance(node.args[0], ast.Name) and node.args[0].id in ("engine", "optimizer", "wrapper"):
             read |= {argument.value for argument in node.args[1:2] if isinstance(argument, ast.Constant)}
+    pinned |= {part for path in PARTITIONED for part in path.split(".")}
+    for node in ast.walk(ast.parse((PACKAGE / "_zero_weights.py").read_text())):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("ds_"):
+            read.add(node.attr)
     # Optional by design: legacy fp16 fusion, and an attribute that ds_childtune itself sets.
     assert read - pinned - {"fused_lamb_legacy", "child_tuner"} == set(), "pin these in tests/test_seams.py"
 
@@ -231,6 +242,7 @@ def test_functions_have_the_parameters_that_are_passed() -> None:
         DeepSpeedEngine.backward: ["loss", "scale_wrt_gas"],
         DeepSpeedEngine.set_gradient_accumulation_boundary: ["is_boundary"],
         deepspeed.comm.all_reduce: ["tensor", "op"],
+        deepspeed.comm.all_gather_into_tensor: ["output_tensor", "tensor", "group"],
         deepspeed.comm.all_gather_object: ["object_list", "obj"],
         deepspeed.comm.get_rank: ["group"],
         log_dist: ["ranks"],
@@ -289,6 +301,8 @@ PURE = (
     "child_writer",
     "child_reader",
     "durable",
+    "fingerprint",
+    "child_compare",
 )
 
 
