@@ -6,11 +6,8 @@ import difflib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-<<<<<<< HEAD
 from contextlib import nullcontext
-=======
 from pathlib import Path
->>>>>>> main
 from typing import Any
 
 import torch

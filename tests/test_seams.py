@@ -181,12 +181,8 @@ def missing_after_a_step(name: str) -> list[str]:
             addresses += ("optim_fragment", "get_optim_state_fragment()", "set_optim_state_fragment()")
             lines += missing_on(mappings[0], addresses, "_hp_mapping") if mappings else ["no parameter has a fragment"]
         if name == "DeepSpeedZeroOptimizer_Stage3":
-<<<<<<< HEAD
-            lines += missing_on(trainable[0], ("ds_id", "ds_numel", "ds_shape", "partition_numel()"), "parameter")
+            lines += missing_on(trainable[0], (*PARTITIONED, "ds_id", "partition_numel()"), "parameter")
             lines += missing_on(optimizer.fp32_partitioned_groups_flat[0], ("ds_id",), "flat shard")
-=======
-            lines += missing_on(trainable[0], PARTITIONED, "parameter")
->>>>>>> main
             position = optimizer.grad_position[optimizer.get_param_id(trainable[0])]
             if len(position) != 3:
                 lines.append(f"grad_position: expected (sub-group, offset, numel), got {position}")
