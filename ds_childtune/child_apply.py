@@ -1,0 +1,214 @@
+"""Put children onto the base model, and take them off again, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ds_childtune import _zero
+from ds_childtune._ranks import device, raising_together, sum_over_ranks
+from ds_childtune._zero_weights import full_shape, is_partitioned, local_weights, refresh_copies
+from ds_childtune.child_export import KIND, ExportInfo, persistent_buffers
+from ds_childtune.child_format import DTYPES, ChildFileError, Piece
+from ds_childtune.child_reader import Child, open_child
+from ds_childtune.fingerprint import bits, fingerprint, signed, text
+
+Conflicts = Literal["refuse", "last"]
+
+
+def apply_child(target: Any, *paths: str | Path, conflicts: Conflicts = "refuse") -> AppliedChild:
+    """Overwrite the base model's elements with the children's. With sharded weights a collective.
+
+    Args:
+        target: the base model, an `nn.Module`, whole or partitioned by ZeRO-3; or an engine around it, without a ChildTuner.
+        paths: folders that `ChildTuner.export` wrote, for this model.
+        conflicts: what to do where two children have other values for the same element. "refuse", or "last": later paths win.
+            A classifier head that trains in full is such a place for any two children.
+
+    Returns:
+        A handle whose `revert` gives the base model back.
+
+    Raises:
+        ChildFileError, ValueError: for folders that are not whole children of this base model; nothing has changed then.
+        NotImplementedError, RuntimeError: for weights in a place or state where they cannot be replaced; likewise.
+    """
+    site = _Site.of(target)
+    with site.together():
+        if conflicts not in ("refuse", "last"):
+            raise ValueError(f'conflicts: expected "refuse" or "last", got {conflicts!r}.')
+        if not paths:
+            raise ValueError("apply_child: expected at least one child's folder, got none. Remedy: pass its path.")
+        if site.engine is not None and getattr(site.engine, "child_tuner", None) is not None:
+            raise RuntimeError("apply_child: this engine trains a child. Remedy: apply children before attach.")
+        children = [open_child(path, kind=KIND, checksums=False) for path in paths]
+        for child in children:
+            child.check_contents(site.rank, site.world_size)
+            _check_parameters(child, site)
+        own = [{name: site.read(child, name) for name in child.places} for child in children]
+    sums = torch.tensor([[site.fingerprint(name, pieces.get(name)) for name in site.params] for pieces in own])
+    if site.is_sharded:
+        sums = sums.to(device())
+        sum_over_ranks(sums)
+    with site.together():
+        for child, row in zip(children, sums.tolist(), strict=True):
+            _check_fingerprints(child, dict(zip(site.params, row, strict=True)))
+        if conflicts == "refuse":
+            _refuse_conflicts(children, own)
+    applied = AppliedChild(site)
+    for pieces in own:
+        for name, piece in pieces.items():
+            applied.write(name, piece)
+    site.refresh()
+    return applied
+
+
+@dataclass
+class AppliedChild:
+    """A model with children on it."""
+
+    _site: _Site
+    _replaced: list[tuple[Tensor, Tensor | slice, Tensor]] = field(default_factory=list)
+    """1-D view of weights, which elements, and their values before."""
+
+    def write(self, name: str, piece: Piece) -> None:
+        """Put a piece of this rank's elements into every place where this rank keeps them."""
+        for start, weights in self._site.homes(name):
+            part = piece.narrow(start, start + weights.numel())
+            where: Tensor | slice = slice(None) if part.index is None else part.index.long().to(weights.device)
+            self._replaced.append((weights, where, weights[where].clone()))
+            weights[where] = part.tensors["values"].to(weights.device, weights.dtype)
+
+    def revert(self) -> None:
+        """Give the base model back, bit for bit. A collective where `apply_child` was one. Not after training."""
+        for weights, where, before in reversed(self._replaced):
+            weights[where] = before
+        self._replaced.clear()
+        self._site.refresh()
+
+
+@dataclass
+class _Site:
+    """The model on this rank."""
+
+    model: nn.Module
+    engine: Any
+    """None for a bare model."""
+    params: dict[str, nn.Parameter]
+    tensors: dict[str, Tensor]
+    """Parameters and persistent buffers, by name."""
+    is_sharded: bool
+    """Whether the ranks act together: around an engine, or a partitioned model."""
+    rank: int = 0
+    world_size: int = 1
+    masters: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
+    """What the optimizer steps: first element in the parameter, and a 1-D view."""
+
+    @classmethod
+    def of(cls, target: Any) -> _Site:
+        engine = target if hasattr(target, "basic_optimizer") else None
+        model = target.module if engine is not None else target
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"apply_child: expected an nn.Module or a DeepSpeed engine, got {type(model).__name__}."
+                " Remedy: pass the base model."
+            )
+        params = dict(model.named_parameters())
+        is_sharded = engine is not None or any(is_partitioned(p) for p in params.values())
+        site = cls(model, engine, params, params | persistent_buffers(model), is_sharded)
+        if is_sharded:
+            from deepspeed import comm as dist
+
+            site.rank, site.world_size = dist.get_rank(), dist.get_world_size()
+        if engine is not None and engine.optimizer is not None:
+            for shard in _zero.read_flat_shards(engine, _zero.read_parameters(engine)):
+                for fragment in shard.fragments:
+                    view = (fragment.param_start, fragment.of(shard.flat()))
+                    site.masters.setdefault(fragment.name, []).append(view)
+        return site
+
+    def together(self) -> Any:
+        return raising_together() if self.is_sharded else nullcontext()
+
+    def read(self, child: Child, name: str) -> Piece:
+        """This rank's elements of a stored parameter."""
+        weights = local_weights(name, self.tensors[name])
+        return child.read(name, weights.start, weights.values.numel())
+
+    def homes(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Every place where this rank keeps elements of a parameter, whole copies of partitioned ones left to `refresh`."""
+        weights = local_weights(name, self.tensors[name])
+        yield weights.start, weights.values
+        yield from self.masters.get(name, ())
+
+    def fingerprint(self, name: str, piece: Piece | None) -> int:
+        """This rank's share of a parameter's fingerprint outside the child."""
+        if self.rank != 0 and not is_partitioned(self.params[name]):
+            return 0
+        weights = local_weights(name, self.params[name])
+        inside = None if piece is None else piece.mask().to(weights.values.device)
+        return signed(fingerprint(weights.values, weights.start, inside))
+
+    def refresh(self) -> None:
+        if self.is_sharded:
+            refresh_copies(self.params.values())
+
+
+def _check_parameters(child: Child, site: _Site) -> None:
+    """Raise ValueError unless the model has the child's parameters, in their shapes and dtypes, and no other."""
+    remedy = "Remedy: apply the child to the model that it was trained on, in the same dtype."
+    theirs = {p.name: p for p in child.manifest.parameters}
+    for name in [*theirs, *site.tensors]:
+        if name not in theirs or name not in site.tensors:
+            who = "model" if name in theirs else "child"
+            raise ValueError(
+                f"{child.folder}: expected the same parameters, but the {who} has no {name[:80]!r}. {remedy}"
+            )
+        tensor, entry = site.tensors[name], theirs[name]
+        if tuple(full_shape(tensor)) != entry.shape or tensor.dtype != DTYPES[entry.dtype]:
+            raise ValueError(
+                f"{child.folder}: {name}: expected {list(entry.shape)} {entry.dtype}, but the model has"
+                f" {list(full_shape(tensor))} {str(tensor.dtype).removeprefix('torch.')}. {remedy}"
+            )
+        if entry.stored and any(p.entry.tensors != {"values": entry.dtype} for p in child.places[name]):
+            raise ChildFileError(
+                f"{child.folder}: {name}: expected values in {entry.dtype} alone. Remedy: export it again."
+            )
+
+
+def _check_fingerprints(child: Child, found: dict[str, int]) -> None:
+    """Raise ValueError unless the model, outside the child, is the base model."""
+    info = ExportInfo.of(child.manifest, child.folder)
+    others = [name for name, number in found.items() if info.fingerprints.get(name) != text(number)]
+    if others:
+        raise ValueError(
+            f"{child.folder}: expected its base model, but outside the child {len(others)} of {len(found)} parameters have other"
+            f" values ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''})."
+            " Remedy: load the very weights that training began with; revert other children first, or apply all in one call."
+        )
+
+
+def _refuse_conflicts(children: Sequence[Child], own: Sequence[dict[str, Piece]]) -> None:
+    """Raise ValueError when two children have other values for the same element of this rank's."""
+    for j, late in enumerate(own):
+        for i, early in enumerate(own[:j]):
+            counts = {name: differing(early[name], late[name]) for name in early.keys() & late.keys()}
+            worst = sorted((n for n in counts if counts[n]), key=lambda n: (-counts[n], n))
+            if worst:
+                raise ValueError(
+                    f"{children[j].folder}: expected no element that {children[i].folder} sets to another value, got"
+                    f" {sum(counts.values())}, most of them in {', '.join(worst[:3])}."
+                    ' Remedy: pass conflicts="last", so that the later child wins.'
+                )
+
+
+def differing(one: Piece, other: Piece) -> int:
+    """Elements inside both children, with other values. The pieces are of the same run of elements."""
+    both = one.mask() & other.mask()
+    mine, others = (bits(piece.tensors["values"])[both[piece.mask()]] for piece in (one, other))
+    return int((mine != others).sum())
