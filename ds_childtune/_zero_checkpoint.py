@@ -131,6 +131,24 @@ def keeping_errors(engine: Engine) -> Iterator[list[Exception]]:
             delattr(owner, name)
 
 
+@contextmanager
+def dense_masters(engine: Engine, shards: Sequence[FlatShard]) -> Iterator[None]:
+    """Let ZeRO-3's state dict hold flat shards, also where a compact child's own shards stand in their place.
+
+    There the masters outside the child are the 16-bit weights, see [Note: ZeRO-3 on child shards].
+    """
+    optimizer = engine.optimizer
+    masters = getattr(optimizer, "fp32_partitioned_groups_flat", None)
+    if masters is None:
+        yield
+        return
+    optimizer.fp32_partitioned_groups_flat = [s.tensor for s in shards]
+    try:
+        yield
+    finally:
+        optimizer.fp32_partitioned_groups_flat = masters
+
+
 def saved_shards(engine: Engine, shards: Sequence[FlatShard], rank: int) -> tuple[SavedShard, ...]:
     """Where this rank's flat shards will lie in DeepSpeed's files, in the order of `shards`."""
     optimizer = engine.optimizer

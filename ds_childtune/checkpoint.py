@@ -176,7 +176,11 @@ class Checkpoints:
         engine, state = self._engine, self._read()
         partial = tag_folder.partial_tag(name)
         rank = dist.get_rank()
-        with _zero_checkpoint.keeping_errors(engine) as errors, hidden_state(state.policy):
+        with (
+            _zero_checkpoint.keeping_errors(engine) as errors,
+            _zero_checkpoint.dense_masters(engine, self._shards),
+            hidden_state(state.policy),
+        ):
             try:
                 self._save(str(folder), partial, client_state, False, exclude_frozen)
             except Exception as error:

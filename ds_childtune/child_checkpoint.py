@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ds_childtune.child_format import ChildFileError, FileEntry, ParameterEntry, Piece, parsed
 from ds_childtune.child_reader import Child
-from ds_childtune.child_shards import ChildShard, CompactChild
+from ds_childtune.child_shards import ChildShard, CompactChild, per_element
 from ds_childtune.config import ChildTuningConfig
 from ds_childtune.durable import checksum
 from ds_childtune.policies import DenseChild, TaskFreeChild
@@ -176,14 +176,14 @@ def moment_keys(child: TaskFreeChild | DenseChild | CompactChild | None) -> dict
         key: value.dtype
         for shard in child.shards.values()
         for key, value in child.optimizer.state.get(shard.tensor, {}).items()
-        if _is_moment(value, shard)
+        if per_element(value, shard.tensor)
     }
 
 
 def _compact_piece(
     child: CompactChild, shard: ChildShard, fragment: Fragment, keys: Mapping[str, torch.dtype]
 ) -> Piece:
-    first, last = _run_of(shard, fragment)
+    first, last = shard.span(fragment.shard_start, fragment.numel)
     index = shard.index[first:last] - fragment.shard_start
     state = child.optimizer.state.get(shard.tensor, {})
     moments = {
@@ -197,24 +197,13 @@ def _compact_piece(
     return Piece(fragment.name, fragment.param_start, fragment.numel, None if whole else index, tensors, numbers)
 
 
-def _run_of(shard: ChildShard, fragment: Fragment) -> tuple[int, int]:
-    """Which entries of a child shard lie in a fragment, as a slice."""
-    bounds = torch.tensor([fragment.shard_start, fragment.shard_start + fragment.numel], dtype=shard.index.dtype)
-    first, last = torch.searchsorted(shard.index, bounds.to(shard.index.device)).tolist()
-    return first, last
-
-
-def _is_moment(value: Any, shard: ChildShard) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == shard.tensor.shape
-
-
 def _number(key: str, value: Any, shard: ChildShard) -> Iterator[tuple[str, int | float]]:
     """A counter of the optimizer's state under a name that tells whether it was a tensor, and of which dtype."""
     if isinstance(value, Tensor) and value.dim() == 0:
         yield f"{_STATE}{key}.{str(value.dtype).removeprefix('torch.')}", value.item()
     elif isinstance(value, (int, float)):
         yield f"{_STATE}{key}", value
-    elif value is not None and not _is_moment(value, shard):
+    elif value is not None and not per_element(value, shard.tensor):
         raise NotImplementedError(
             f"save_checkpoint: expected moments and counters in the base optimizer's state, got {key!r} of type"
             f' {type(value).__name__}. Remedy: use optimizer_state "dense", or AdamW, SGD or Lion.'
@@ -262,7 +251,7 @@ def check_model(child: Child, shapes: Mapping[str, torch.Size], stored: Iterable
             )
 
 
-_BINDING = ("mode", "reserve_p", "seed", "include", "exclude", "optimizer_state", "compat")
+_BINDING = ("mode", "reserve_p", "seed", "include", "exclude", "optimizer_state", "compat", "clip")
 """Keys of the config that say which child it is, and how it trains."""
 
 
@@ -293,7 +282,7 @@ def read_compact(child: Child, compact: CompactChild) -> None:
         state: dict[str, Any] = {}
         for fragment in shard.flat.fragments:
             piece = child.read(fragment.name, fragment.param_start, fragment.numel)
-            first, last = _run_of(shard, fragment)
+            first, last = shard.span(fragment.shard_start, fragment.numel)
             shard.tensor.detach()[first:last].copy_(_stored(child, piece, _MASTER))
             if _STEPPED not in piece.numbers:
                 continue

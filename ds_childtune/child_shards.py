@@ -1,20 +1,30 @@
 """The child as the base optimizer's whole parameter space: `optimizer_state: "compact"`.
 
 [Note: child shards]
-A *child shard* holds the child's elements of one flat shard: 1-D fp32, with an int32 index into the flat shard. Around the
-base optimizer's step the gradient is gathered at the index, child shards stand in `param_groups`, the optimizer steps them
-with its own code, and the result is scattered back. So moments exist for the child alone, and nothing outside it can move,
-weight decay included, whatever the optimizer. Dense parameters are in the child in full; padding is not.
+A *child shard* holds the child's elements of one flat shard: 1-D fp32, with an int32 index into the flat shard. The base
+optimizer steps child shards with its own code, and the result is scattered back. So moments exist for the child alone, and
+nothing outside it can move, weight decay included, whatever the optimizer. Dense parameters are in the child in full;
+padding is not. There are two depths:
 
-Between steps the flat shard has the last word: whoever edits weights (a checkpoint that is loaded) edits those. An exception are
-16-bit flat shards, of which the child shard is the fp32 master.
+    wrap   any stage   DeepSpeed's flat shards stay. Around the base optimizer's step the gradient is gathered at the index, and
+                       child shards stand in `param_groups`.
+    deep   ZeRO-3      DeepSpeed itself steps child shards, with gradient buffers of the child's size, and its fp32 flat shards
+                       are let go. `DeepPlumbing` says how; see `_zero_deep.py`.
+
+At depth wrap the flat shard has the last word between steps: whoever edits weights (a checkpoint that is loaded) edits those; where it
+is 16-bit, the child shard is the fp32 master of every element that nobody has edited. At depth deep the child shard is the master,
+as DeepSpeed's own are: an edited parameter is overwritten by the next step, unless `refresh_fp32_params` is called.
+
+Whatever the depth, `CompactChild.shards` maps each flat shard's tensor to its `ChildShard`, and the base optimizer's state
+is keyed by `ChildShard.tensor`: that is all of a child's state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -59,18 +69,54 @@ class ChildShard:
         self.tensor.grad = grad.index_select(0, self.index).to(self.tensor.dtype)
         if self.flat.tensor.dtype == self.tensor.dtype:
             torch.index_select(self.flat.flat(), 0, self.index, out=self.tensor)
+        else:
+            weights = self.flat.flat().index_select(0, self.index)
+            edited = weights != self.tensor.to(weights.dtype)
+            self.tensor.copy_(torch.where(edited, weights.float(), self.tensor))
         return True
 
     def scatter(self) -> None:
-        """Put the weights back, and drop the gradient."""
+        """Put the weights back."""
         put_(self.flat.flat(), self.index, self.tensor)
-        self.tensor.grad = None
+
+    def span(self, start: int, numel: int) -> tuple[int, int]:
+        """First and last + 1 of the child's elements that lie in [start, start + numel) of the flat shard."""
+        bounds = torch.tensor([start, start + numel], dtype=self.index.dtype, device=self.index.device)
+        first, last = torch.searchsorted(self.index, bounds).tolist()
+        return first, last
+
+    def at(self, places: Tensor, values: Tensor, default: Tensor) -> Tensor:
+        """`values` (1-D, one for each element of the child) at `places` of the flat shard; `default` outside the child."""
+        if not self.index.numel():
+            return default
+        found = torch.searchsorted(self.index, places.int()).clamp_(max=self.index.numel() - 1)
+        return torch.where(self.index[found] == places, values[found].to(default.dtype), default)
+
+    def moved(self, values: Tensor, index: Tensor, default: Tensor) -> Tensor:
+        """`values`, one for each element of this child, as those of another child of the same flat shard.
+
+        Args:
+            index: the other child's.
+            default: of the other child's size: the values of its elements that are not in this child.
+        """
+        tiles = zip(index.split(_TILE), default.split(_TILE), strict=True)
+        return torch.cat([self.at(places, values, new) for places, new in tiles]) if index.numel() else default
 
 
 def put_(flat: Tensor, index: Tensor, values: Tensor) -> None:
     """flat[index] = values, in tiles, as `index_copy_` wants an int64 index twice the size of ours."""
     for places, value in zip(index.split(_TILE), values.split(_TILE), strict=True):
         flat.index_copy_(0, places.long(), value.to(flat.dtype))
+
+
+class DeepPlumbing(Protocol):
+    """Makes DeepSpeed step child shards by itself, and takes that back."""
+
+    def install(self, shards: Sequence[ChildShard]) -> None:
+        """DeepSpeed runs on child shards; flat shards become views of the parameters that the forward pass uses."""
+
+    def remove(self, shards: Sequence[ChildShard]) -> None:
+        """DeepSpeed runs on flat shards of the masters' dtype again, which hold the child's values."""
 
 
 @dataclass
@@ -80,45 +126,78 @@ class CompactChild:
     optimizer: torch.optim.Optimizer
     shards: dict[Tensor, ChildShard]
     """By flat shard."""
-    _params: list[tuple[Group, list[Tensor]]] = field(default_factory=list)
-    """What stood in the param groups, for the length of a step."""
+    plumbing: DeepPlumbing | None = None
+    """None at depth wrap."""
+    _stepping: list[tuple[Group, list[Tensor], list[ChildShard]]] = field(default_factory=list)
+    """What stood in the param groups, for the length of a step, and what stands there now."""
 
     @classmethod
-    def of(cls, shards: Sequence[FlatShard], masks: Iterable[Tensor], optimizer: torch.optim.Optimizer) -> CompactChild:
-        """Moves the optimizer's state from the flat shards to child shards; what it holds outside the child is let go.
+    def of(
+        cls,
+        shards: Sequence[FlatShard],
+        masks: Iterable[Tensor],
+        optimizer: torch.optim.Optimizer,
+        plumbing: DeepPlumbing | None = None,
+        previous: CompactChild | None = None,
+    ) -> CompactChild:
+        """Moves the optimizer's state to child shards; what it holds outside the child is let go.
 
         Args:
             masks: bool 1-D, one for each shard; True = inside the child, or not eligible.
+            plumbing: for depth deep.
+            previous: the child so far, which must not be used any more. Elements that stay keep their state and their master;
+                the state of those that enter begins at zero.
         """
-        made = {s.tensor: ChildShard.of(s, mask) for s, mask in zip(shards, masks, strict=True)}
-        child = cls(optimizer, made)
-        for flat, shard in made.items():
-            state = optimizer.state.pop(flat, None)
-            if state:
-                optimizer.state[shard.tensor] = {
-                    key: value.view(-1).index_select(0, shard.index.to(value.device))
-                    if _per_element(value, flat)
-                    else value
-                    for key, value in state.items()
-                }
+        made: dict[Tensor, ChildShard] = {}
+        if previous is not None and previous.plumbing is not None:
+            previous.plumbing.remove(list(previous.shards.values()))
+        for flat, mask in zip(shards, masks, strict=True):
+            made[flat.tensor] = ChildShard.of(flat, mask)
+            before = None if previous is None else previous.shards.pop(flat.tensor)
+            _carry(optimizer, made[flat.tensor], before)
+        child = cls(optimizer, made, plumbing)
+        if plumbing is not None:
+            plumbing.install(list(made.values()))
         return child
+
+    @property
+    def depth(self) -> Literal["wrap", "deep"]:
+        return "wrap" if self.plumbing is None else "deep"
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """DeepSpeed runs on dense flat shards for the length of a `with`, as a Fisher pass needs; nothing must be stepped in it."""
+        if self.plumbing is None:
+            yield
+            return
+        self.plumbing.remove(list(self.shards.values()))
+        try:
+            yield
+        finally:
+            self.plumbing.install(list(self.shards.values()))
+
+    def shard_of(self) -> dict[Tensor, FlatShard]:
+        """The flat shard of every tensor that the base optimizer may be handed."""
+        return {t: s.flat for s in self.shards.values() for t in (s.flat.tensor, s.tensor)}
 
     def before_step(
         self, optimizer: torch.optim.Optimizer, group: Group, shards: Sequence[FlatShard], step: int
     ) -> None:
-        self._params.append((group, group["params"]))
         children = [self.shards[s.tensor] for s in shards]
-        # Those without elements too: their step counters go on as in the dense path.
-        group["params"] = [c.tensor for c in children if c.gather()]
+        if self.plumbing is None:
+            # Those without elements too: their step counters go on as in the dense path.
+            children = [c for c in children if c.gather()]
+        self._stepping.append((group, group["params"], children))
+        group["params"] = [c.tensor for c in children]
 
     def after_step(self) -> None:
-        for group, params in self._params:
-            for tensor in params:
-                shard = self.shards[tensor]
-                if shard.tensor.grad is not None:
-                    shard.scatter()
+        for group, params, children in self._stepping:
+            for shard in children:
+                shard.scatter()
+                if self.plumbing is None:
+                    shard.tensor.grad = None
             group["params"] = params
-        self._params.clear()
+        self._stepping.clear()
 
     def frozen(self, tensor: Tensor) -> Tensor | None:
         """bool 1-D: True = outside the child; None where the whole flat shard is inside. Padding, which may be NaN, is neither."""
@@ -131,29 +210,34 @@ class CompactChild:
         put_(outside, shard.index, torch.zeros_like(shard.index, dtype=torch.bool))
         return outside
 
+    def weights_at(self, shard: FlatShard, index: Tensor) -> Tensor:
+        """fp32: the weights at `index` of the flat shard; inside the child those of the child shard."""
+        child = self.shards[shard.tensor]
+        return child.at(index, child.tensor, shard.flat()[index].float())
+
+    def gradient_at(self, shard: FlatShard, index: Tensor) -> Tensor | None:
+        """fp32: the gradient that the base optimizer is handed at `index` of the flat shard, zero outside the child."""
+        child = self.shards[shard.tensor]
+        if child.tensor.grad is None:
+            return None
+        return child.at(index, child.tensor.grad, torch.zeros(index.shape, device=index.device))
+
     def mask(self, tensor: Tensor, fragment: Fragment) -> Tensor:
         """bool [fragment.numel]: True = trained."""
-        index = self.shards[tensor].index
-        bounds = torch.tensor([fragment.shard_start, fragment.shard_start + fragment.numel], dtype=index.dtype)
-        first, last = torch.searchsorted(index, bounds.to(index.device)).tolist()
+        shard = self.shards[tensor]
+        first, last = shard.span(fragment.shard_start, fragment.numel)
         mask = torch.zeros(fragment.numel, dtype=torch.bool, device=tensor.device)
-        mask[index[first:last].long() - fragment.shard_start] = True
+        mask[shard.index[first:last].long() - fragment.shard_start] = True
         return mask
 
     def release(self) -> None:
-        """Give the optimizer its dense state back, zero outside the child."""
+        """Give the engine its dense flat shards back, and the optimizer its dense state, zero outside the child."""
+        if self.plumbing is not None:
+            self.plumbing.remove(list(self.shards.values()))
         for flat, shard in self.shards.items():
             state = self.optimizer.state.pop(shard.tensor, None)
             if state:
-                self.optimizer.state[flat] = {key: self._dense(shard, value) for key, value in state.items()}
-
-    @staticmethod
-    def _dense(shard: ChildShard, value: Any) -> Any:
-        if not _per_element(value, shard.tensor):
-            return value
-        whole = torch.zeros(shard.flat.numel, dtype=value.dtype, device=value.device)
-        put_(whole, shard.index.to(value.device), value)
-        return whole.view(shard.flat.tensor.shape)
+                self.optimizer.state[flat] = {key: _dense(shard, value) for key, value in state.items()}
 
     def state_tensors(self) -> Iterator[Tensor]:
         """Every tensor that this child costs: indices, values and state."""
@@ -163,6 +247,34 @@ class CompactChild:
             yield from (v for v in self.optimizer.state.get(shard.tensor, {}).values() if isinstance(v, Tensor))
 
 
-def _per_element(value: Any, tensor: Tensor) -> bool:
+def _carry(optimizer: torch.optim.Optimizer, shard: ChildShard, before: ChildShard | None) -> None:
+    """Take over the optimizer's state, of the flat shard or of the child shard `before`, and the masters of the latter."""
+    source = shard.flat.tensor if before is None else before.tensor
+    state = optimizer.state.pop(source, None)
+
+    def taken(value: Any) -> Any:
+        if not per_element(value, source):
+            return value
+        index = shard.index.to(value.device)
+        if before is None:
+            return value.view(-1).index_select(0, index)
+        return before.moved(value, index, torch.zeros(index.shape, dtype=value.dtype, device=value.device))
+
+    if state:
+        optimizer.state[shard.tensor] = {key: taken(value) for key, value in state.items()}
+    if before is not None and shard.flat.tensor.dtype != shard.tensor.dtype:
+        shard.tensor.copy_(before.moved(before.tensor, shard.index, shard.tensor))
+
+
+def _dense(shard: ChildShard, value: Any) -> Any:
+    """An entry of a child shard's state as the flat shard's, zero outside the child."""
+    if not per_element(value, shard.tensor):
+        return value
+    whole = torch.zeros(shard.flat.numel, dtype=value.dtype, device=value.device)
+    put_(whole, shard.index.to(value.device), value)
+    return whole.view(shard.flat.tensor.shape)
+
+
+def per_element(value: Any, tensor: Tensor) -> bool:
     """Whether an entry of the optimizer's state has a value for each element of `tensor`, as moments have and counters have not."""
     return isinstance(value, Tensor) and value.shape == tensor.shape and value.dim() > 0

@@ -71,6 +71,11 @@ class ChildTuningConfig(_Block):
     optimizer_state: Literal["dense", "compact"] = "dense"
     """`dense`: moments for every element, as in plain DeepSpeed. `compact`, ChildTuning-D: for the child alone."""
 
+    clip: Literal["dense", "child"] | None = None
+    """ChildTuning-D: whose norm `gradient_clipping` compares and `engine.get_global_grad_norm()` tells: the whole gradient's,
+    as in the original code, or the child's. Null is `dense` wherever gradients are clipped; where they are not, a compact
+    child may go deep, which keeps the child's gradient alone, and the norm that is told is the child's then."""
+
     compat: Literal["original"] | None = None
     """`original`: with ChildTuning-D, weight decay moves the elements outside the child too, as in the original code."""
 
@@ -88,7 +93,7 @@ class ChildTuningConfig(_Block):
     @model_validator(mode="after")
     def _keys_of_the_other_mode(self) -> Self:
         if self.mode == "ChildTuning-F":
-            for key in ("selector", "compat", "fisher"):
+            for key in ("selector", "clip", "compat", "fisher"):
                 if key in self.model_fields_set:
                     raise ValueError(
                         f'{key} has no effect with mode "ChildTuning-F": remove it, or use mode "ChildTuning-D"'

@@ -122,6 +122,15 @@ class DenseChild:
         """bool 1-D: True = outside the child; None where the whole flat shard is inside."""
         return self._frozen[tensor]
 
+    def weights_at(self, shard: FlatShard, index: Tensor) -> Tensor:
+        """The weights at `index` of the flat shard."""
+        return shard.flat()[index]
+
+    def gradient_at(self, shard: FlatShard, index: Tensor) -> Tensor | None:
+        """The gradient that the base optimizer is handed at `index` of the flat shard; None when it has none."""
+        grad = shard.flat_grad()
+        return None if grad is None else grad[index]
+
     def mask(self, tensor: Tensor, fragment: Fragment) -> Tensor:
         """bool [fragment.numel]: True = trained."""
         frozen = self._frozen[tensor]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +15,17 @@ _SAMPLES = 1024
 """Elements of each kind that are watched in a flat shard."""
 
 
+class Child(Protocol):
+    """What the check asks a ChildTuning-D child, about a flat shard."""
+
+    def frozen(self, tensor: Tensor) -> Tensor | None: ...
+    def weights_at(self, shard: FlatShard, index: Tensor) -> Tensor: ...
+    def gradient_at(self, shard: FlatShard, index: Tensor) -> Tensor | None: ...
+
+
 @dataclass(frozen=True)
 class _Watch:
+    child: Child
     shard: FlatShard
     index: Tensor
     """int64: watched elements of the flat shard."""
@@ -36,19 +46,22 @@ class SelfCheck:
         self._child_moved = 0
         self._child_could_move = 0
 
-    def before_step(self, shard: FlatShard, frozen: Tensor | None) -> None:
+    def before_step(self, shard: FlatShard, child: Child) -> None:
         """Called after the gradient was masked, before the base optimizer steps."""
-        grad = shard.flat_grad()
-        if grad is None or not shard.numel:
+        if not shard.numel:
             return
-        index = self._sample(shard.numel, frozen, grad.device)
+        frozen = child.frozen(shard.tensor)
+        index = self._sample(shard.numel, frozen, shard.tensor.device)
+        grad = child.gradient_at(shard, index)
+        if grad is None:
+            return
         outside = torch.zeros_like(index, dtype=torch.bool) if frozen is None else frozen[index]
-        self._watches.append(_Watch(shard, index, outside, shard.flat()[index].clone(), grad[index] != 0))
+        self._watches.append(_Watch(child, shard, index, outside, child.weights_at(shard, index).clone(), grad != 0))
 
     def after_step(self, learning_rate: float) -> None:
         """Called after the base optimizer's step on the shards seen since the last call."""
         for watch in self._watches:
-            moved = watch.shard.flat()[watch.index] != watch.before
+            moved = watch.child.weights_at(watch.shard, watch.index) != watch.before
             self._outside_moved += int((moved & watch.outside).sum())
             if learning_rate:
                 self._child_moved += int((moved & ~watch.outside).sum())

@@ -6,6 +6,7 @@ import difflib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from deepspeed.utils import log_dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ds_childtune import _zero
+from ds_childtune import _zero, _zero_deep, _zero_reads
 from ds_childtune._calibration import LossFunction, default_loss, estimate_fisher
 from ds_childtune._ranks import check_same, device, gather_objects, raising_together, sum_over_ranks
 from ds_childtune.checkpoint import Checkpoints, ChildState, Resumed
@@ -57,11 +58,21 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
         parameters = _zero.read_parameters(engine)
         eligible = eligible_names(engine.module, tuple(parameters.by_name), parsed)
         shards = mark_eligible(_zero.read_flat_shards(engine, parameters), eligible)
+        against = (
+            "the masks act after the norm" if parsed.optimizer_state == "dense" else _zero_deep.reason_against(engine)
+        )
+        if parsed.clip == "child" and against is not None:
+            raise NotImplementedError(
+                f'ds_childtune does not support child_tuning.clip "child" here: {against}. Remedy: use ZeRO-3 without offload and'
+                ' optimizer_state "compact", or remove clip.'
+            )
         if parsed.mode == "ChildTuning-D" and parsed.compat is None and parsed.optimizer_state == "dense":
             for group in _zero.base_optimizer(engine).param_groups:
                 decay_style(_zero.base_optimizer(engine), group)
     check_same(parsed.model_dump_json(), "child_tuning")
     check_same(repr(sorted(parameters.shapes.items())), "the model's parameter names and shapes")
+    if parsed.optimizer_state == "compact":
+        _zero_deep.share_masters(engine)
     return ChildTuner(engine, parsed, parameters, eligible, shards)
 
 
@@ -105,6 +116,8 @@ class ChildTuner:
         self._self_check: SelfCheck | None = None
         self._report: Report | None = None
         self._policy: TaskFreeChild | DenseChild | CompactChild | None = None
+        self._take_back_reads: Callable[[], None] = lambda: None
+        """Undo what `_zero_reads` has redirected to a compact child."""
         if config.mode == "ChildTuning-F":
             self._policy = TaskFreeChild(shards, seed=config.seed, reserve_p=config.reserve_p)
         base = _zero.base_optimizer(engine)
@@ -134,15 +147,16 @@ class ChildTuner:
             ValueError, RuntimeError: on every rank; see `select`.
         """
         self._check_attached()
-        return estimate_fisher(
-            self.engine,
-            self._parameters,
-            self._shards,
-            self._eligible,
-            batches,
-            self.config.fisher,
-            loss_fn or default_loss,
-        )
+        with self._policy.suspended() if isinstance(self._policy, CompactChild) else nullcontext():
+            return estimate_fisher(
+                self.engine,
+                self._parameters,
+                self._shards,
+                self._eligible,
+                batches,
+                self.config.fisher,
+                loss_fn or default_loss,
+            )
 
     def gather_fisher(self, fisher: Fisher, name: str) -> Tensor:
         """fp32 of the eligible parameter's full shape, on every rank. A collective."""
@@ -171,6 +185,7 @@ class ChildTuner:
                 'select: mode "ChildTuning-F" draws its child at every step. Remedy: do not call select.'
             )
         self._check_attached()
+        self._check_between_steps("select")
         started = time.perf_counter()
         scores, terms = self._scores(batches, loss_fn)
         scored = time.perf_counter()
@@ -236,11 +251,16 @@ class ChildTuner:
 
     def _fixed_child(self, masks: Iterable[Tensor]) -> DenseChild | CompactChild:
         """The child that trains from here on. Elements that stay keep their state."""
-        if isinstance(self._policy, CompactChild):
-            self._policy.release()
         base = _zero.base_optimizer(self.engine)
         if self.config.optimizer_state == "compact":
-            return CompactChild.of(self._shards, masks, base)
+            depth = _zero_deep.Depth.of(self.engine, self.config.clip)
+            log_dist(f'optimizer_state "compact" is at depth {depth.reason}', ranks=[0])
+            previous = self._policy if isinstance(self._policy, CompactChild) else None
+            self._take_back_reads()
+            child = CompactChild.of(self._shards, masks, base, depth.plumbing, previous)
+            self._shard_of = child.shard_of()
+            self._take_back_reads = _zero_reads.redirect(self.engine, child)
+            return child
         return DenseChild(self._shards, masks, base, decay_outside=self.config.compat == "original")
 
     # ---------------------------------------------------------------- checkpoints
@@ -264,6 +284,9 @@ class ChildTuner:
         if to.masks is None:
             if isinstance(self._policy, (DenseChild, CompactChild)):
                 self._policy.release()
+            self._take_back_reads()
+            self._take_back_reads = lambda: None
+            self._shard_of = {s.tensor: s for s in self._shards}
             self._policy = self._self_check = self._report = None
             return None
         self._policy = self._fixed_child(to.masks)
@@ -398,7 +421,7 @@ class ChildTuner:
                 policy.before_step(optimizer, group, shards, self.step)
             if self._self_check is not None and isinstance(policy, (DenseChild, CompactChild)):
                 for shard in shards:
-                    self._self_check.before_step(shard, policy.frozen(shard.tensor))
+                    self._self_check.before_step(shard, policy)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         policy = self._chosen_policy()
@@ -449,13 +472,28 @@ class ChildTuner:
         if not self._handles:
             raise RuntimeError("this ChildTuner is detached. Remedy: call attach(engine) again.")
 
+    def _check_between_steps(self, what: str) -> None:
+        if _zero.inside_accumulation(self.engine):
+            raise RuntimeError(
+                f"{what}: called between a micro-batch and its optimizer step, whose gradients would be lost."
+                " Remedy: call it before training, or right after the step that ends an accumulation."
+            )
+
     def detach(self) -> None:
         """Remove every hook: the engine is plain DeepSpeed again.
 
         The base optimizer's state stays as it is; a compact one becomes dense, zero outside the child.
+
+        Raises:
+            RuntimeError: with a compact child, between a micro-batch and its step.
         """
+        if isinstance(self._policy, CompactChild):
+            self._check_between_steps("detach")
         if isinstance(self._policy, (DenseChild, CompactChild)):
             self._policy.release()
+        self._take_back_reads()
+        if self.config.optimizer_state == "compact":
+            _zero_deep.separate_masters(self.engine)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -17,11 +17,12 @@ from torch import Tensor
 import ds_childtune
 from ds_childtune import _zero
 from tests.distributed import RankPool
-from tests.engines import Optimizer, Setup, Weights, engine_of, master_weights, train_step
+from tests.engines import Optimizer, Setup, Weights, engine_of, master_weights, model_weights, train_step
 from tests.models import batches, deal
 
 P, STEPS = 0.3, 4
 SGD = Optimizer("SGD", {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1})
+ADAGRAD = Optimizer("Adagrad", {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1})
 FUSED = Optimizer("AdamW", {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1})
 
 
@@ -29,9 +30,12 @@ FUSED = Optimizer("AdamW", {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1})
 class Run:
     """What one rank saw."""
 
+    depth: str
     start: Weights
     middle: Weights
     end: Weights
+    forward: list[Weights]
+    """What the forward pass saw in the middle and at the end."""
     masks: list[Weights]
     second_masks: list[Weights]
     state_numel: int
@@ -46,8 +50,8 @@ def share(setup: Setup, seed: int, count: int) -> list[Any]:
     return deal(batches(setup.family, count, seed=seed), dist.get_rank(), dist.get_world_size())
 
 
-def run(setup: Setup, optimizer_state: str, end: str) -> Run:
-    """Train dense, then a child, then `end`: another child ("reselect"), or plain DeepSpeed ("detach")."""
+def run(setup: Setup, optimizer_state: str, end: str, past: bool = True) -> Run:
+    """Train dense (where there is a past), then a child, then `end`: another child ("reselect"), or plain DeepSpeed ("detach")."""
     torch.manual_seed(0)
     with engine_of(setup) as engine:
         micro_batches = setup.accumulation * dist.get_world_size()
@@ -57,7 +61,8 @@ def run(setup: Setup, optimizer_state: str, end: str) -> Run:
             for _ in range(STEPS):
                 train_step(engine, share(setup, next(steps), micro_batches))
 
-        train()  # moments that the child takes over
+        if past:
+            train()  # moments that the child takes over
         block = {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": optimizer_state}
         child = ds_childtune.attach(engine, block)
         start = master_weights(engine)
@@ -65,11 +70,12 @@ def run(setup: Setup, optimizer_state: str, end: str) -> Run:
         names = [p.name for p in report.parameters]
         masks = [{n: child.gather_mask(n) for n in names}]
         train()
-        middle = master_weights(engine)
+        middle, forward = master_weights(engine), [model_weights(engine)]
         state = _zero.base_optimizer(engine).state
         tensors = [v for of in state.values() for v in of.values() if isinstance(v, Tensor) and v.dim() and v.numel()]
         state_numel = sum(v.numel() for v in tensors)
         shards = child._shards
+        depth = getattr(child._policy, "depth", "dense")
         child_numel = sum(int(child._policy.mask(s.tensor, f).sum()) for s in shards for f in s.fragments)
         flat_state = sum(bool(state.get(s.tensor)) for s in shards)
         second: list[Weights] = []
@@ -79,7 +85,10 @@ def run(setup: Setup, optimizer_state: str, end: str) -> Run:
         else:
             child.detach()
         train()
-        return Run(start, middle, master_weights(engine), masks, second, state_numel, child_numel, flat_state)
+        forward.append(model_weights(engine))
+        return Run(
+            depth, start, middle, master_weights(engine), forward, masks, second, state_numel, child_numel, flat_state
+        )
 
 
 BASE = Setup(accumulation=2, clip=0.5, schedule=True)
@@ -99,6 +108,48 @@ CASES = {
     "zero3-offload-cpuadam": replace(BASE, stage=3, offload=True, optimizer=FUSED),
     "zero3-t5-sgd": replace(BASE, stage=3, family="t5", optimizer=SGD),
 }
+
+
+DEEP = {
+    "fp32": replace(BASE, stage=3, clip=0.0),
+    "odd": replace(BASE, stage=3, clip=0.0, family="odd", persistence_threshold=8, sub_group_size=20),
+    "sub-groups": replace(BASE, stage=3, clip=0.0, sub_group_size=700, no_decay=("bias",)),
+    "t5-sgd": replace(BASE, stage=3, clip=0.0, family="t5", optimizer=SGD),
+    "llama-adagrad": replace(BASE, stage=3, clip=0.0, family="llama", optimizer=ADAGRAD, sub_group_size=300),
+    "bf16-fused": replace(BASE, stage=3, clip=0.0, bf16=True, optimizer=FUSED),
+    "bf16-odd-fused": replace(BASE, stage=3, clip=0.0, bf16=True, family="odd", optimizer=FUSED, sub_group_size=20),
+    "bf16-zero-init": replace(
+        BASE, stage=3, clip=0.0, bf16=True, zero_init=True, persistence_threshold=50, sub_group_size=900
+    ),
+    "bf16-fp32-accumulation": replace(BASE, stage=3, clip=0.0, bf16=True, fp32_accumulation=True, sub_group_size=900),
+}
+
+
+@pytest.mark.parametrize("end", ["reselect", "detach"])
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_is_bitwise_the_dense_hook_path(pool: RankPool, name: str, end: str) -> None:
+    """In bf16 from the start of training, as masters outside a deep child are let go."""
+    setup = DEEP[name]
+    dense = pool[2].run(run, setup, "dense", end, past=not setup.bf16)
+    deep = pool[2].run(run, setup, "compact", end, past=not setup.bf16)
+    for a, b in zip(dense, deep, strict=True):
+        assert (a.depth, b.depth) == ("dense", "deep")
+        for after, (expected, got) in enumerate(zip(a.forward, b.forward, strict=True)):
+            for n in expected:
+                if setup.optimizer is FUSED:
+                    torch.testing.assert_close(got[n].float(), expected[n].float(), rtol=1e-2, atol=1e-4)
+                else:
+                    assert torch.equal(got[n], expected[n]), (after, n)
+        moved = torch.cat([(b.middle[n] != b.start[n])[m] for n, m in b.masks[0].items()])
+        assert moved.float().mean() > 0.5, "vacuous: the child rests"
+        for n, mask in b.masks[0].items():
+            assert torch.equal(mask, a.masks[0][n])
+            assert not ((b.middle[n] != b.start[n]) & ~mask).any()
+            if setup.optimizer is not FUSED:
+                assert torch.equal(a.middle[n][mask], b.middle[n][mask])
+        moments = 1 if setup.optimizer in (SGD, ADAGRAD) else 2
+        assert b.state_numel == moments * b.child_numel < a.state_numel
+        assert b.flat_state == 0
 
 
 @pytest.mark.parametrize("end", ["reselect", "detach"])

@@ -1,0 +1,190 @@
+"""Depth deep: DeepSpeed's ZeRO-3 optimizer steps child shards by itself. Reads DeepSpeed's attributes, as `_zero.py` does.
+
+[Note: ZeRO-3 on child shards]
+Between backward and step, ZeRO-3 keeps for every parameter a partition of its averaged gradient, and for every sub-group a flat
+shard of fp32 masters. Both are only ever used as tensors of one size per sub-group, so they may have the child's size:
+
+    grad_partitions_flat_buffer, and its views by parameter     of the child's size
+    fp32_partitioned_groups_flat[i]                             the child shard
+    partition_grads                                             takes the child's elements of each reduced partition first
+    _reassign_or_swap_out_partitioned_parameters                no copy of a dense master; the step hook has scattered the child
+
+Accumulation, overflow check, norm, unscaling, clipping and the step are DeepSpeed's own code. The gradient norm is the child's,
+since nothing else of the gradient is kept. A flat shard's `.data` is the 16-bit (or fp32) parameter shard meanwhile, so that
+what reads flat shards reads what the forward pass uses.
+
+What this loses: an fp32 master outside the child, where earlier steps have left in it what its 16-bit weight does not hold. The weight
+itself is as it was; when the dense shards come back, its master is the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ds_childtune.child_shards import ChildShard, put_
+
+_VIEWS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+
+
+def reason_against(engine: Any) -> str | None:
+    """Why this engine cannot be deep, or None."""
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return "ZeRO-3 alone can"
+    if optimizer.offload_optimizer or optimizer.offload_param:
+        return "with offload the optimizer's state is not on the device"
+    return None
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How deep a compact child goes on an engine, and why."""
+
+    plumbing: ZeroThreePlumbing | None
+    """None at depth wrap."""
+    reason: str
+
+    @classmethod
+    def of(cls, engine: Any, clip: Literal["dense", "child"] | None) -> Depth:
+        """Deep where it can be without changing what the config says about the gradient norm.
+
+        Args:
+            clip: `child_tuning.clip`.
+        """
+        against = reason_against(engine)
+        if clip == "dense":
+            against = 'child_tuning.clip "dense" needs the norm of the whole gradient'
+        elif clip is None and engine.gradient_clipping() > 0 and against is None:
+            against = 'gradient_clipping needs the norm of the whole gradient, unless child_tuning.clip is "child"'
+        if against is not None:
+            return cls(None, f"wrap, around DeepSpeed's flat shards: {against}")
+        return cls(
+            ZeroThreePlumbing(engine), "deep, in place of DeepSpeed's flat shards; the gradient norm is the child's"
+        )
+
+
+def share_masters(engine: Any) -> None:
+    """Point each flat shard at the parameter shard that it is a copy of, where both have one dtype and one device.
+
+    DeepSpeed means to (`_create_fp32_partitions`), but compares a `torch.device` with a string. Training is unchanged: the copy
+    back after a step is one onto itself.
+    """
+    for flat, lp in _pairs(engine):
+        if flat.dtype == lp.dtype and flat.device == lp.device:
+            flat.data = lp.data
+
+
+def separate_masters(engine: Any) -> None:
+    """Give every flat shard a copy of its own again."""
+    for flat, lp in _pairs(engine):
+        if flat.data_ptr() == lp.data_ptr():
+            flat.data = lp.data.clone()
+
+
+def _pairs(engine: Any) -> list[tuple[Tensor, Tensor]]:
+    optimizer = engine.optimizer
+    if reason_against(engine) is not None:
+        return []
+    return list(zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True))
+
+
+@dataclass(frozen=True)
+class _Partition:
+    """Where this rank's partition of a parameter lies, in elements."""
+
+    shard: ChildShard
+    start: int
+    """In the flat shard."""
+    numel: int
+    """With padding."""
+    first: int
+    """In the child shard."""
+    last: int
+    whole: bool
+    """Every element is in the child, but for padding at the end."""
+
+    @classmethod
+    def of(cls, shard: ChildShard, start: int, numel: int) -> _Partition:
+        first, last = shard.span(start, numel)
+        ends_at = int(shard.index[last - 1]) + 1 if last > first else start
+        return cls(shard, start, numel, first, last, whole=ends_at - start == last - first)
+
+    def inside(self, partition: Tensor) -> Tensor:
+        """The child's elements of a tensor laid out like the partition."""
+        flat = partition.view(-1)
+        if self.whole:
+            return flat.narrow(0, 0, self.last - self.first)
+        return flat.index_select(0, self._index())
+
+    def dense(self, values: Tensor, out: Tensor) -> Tensor:
+        """Put `values`, one for each element of the child shard, into `out`, which is laid out like the partition."""
+        put_(out, self._index().to(out.device), values[self.first : self.last])
+        return out
+
+    def _index(self) -> Tensor:
+        return self.shard.index[self.first : self.last] - self.start
+
+
+class ZeroThreePlumbing:
+    """See [Note: ZeRO-3 on child shards]. One for each engine; the order of shards is that of `read_flat_shards`."""
+
+    def __init__(self, engine: Any) -> None:
+        self._optimizer = engine.optimizer
+        self._partitions: dict[int, _Partition] = {}
+        """By `ds_id` of the parameter."""
+        self._overridden: list[str] = []
+
+    def install(self, shards: Sequence[ChildShard]) -> None:
+        optimizer = self._optimizer
+        for i, shard in enumerate(shards):
+            flat = shard.flat.tensor
+            shard.tensor.ds_id = flat.ds_id  # type: ignore[attr-defined]
+            flat.data = optimizer.fp16_partitioned_groups_flat[i].data
+            optimizer.fp32_partitioned_groups_flat[i] = shard.tensor
+        self._partitions = {
+            param.ds_id: _Partition.of(shards[i], start, numel)
+            for param in self._parameters()
+            for i, start, numel in [optimizer.grad_position[optimizer.get_param_id(param)]]
+        }
+        self._make_gradient_buffer({i: p.last - p.first for i, p in self._partitions.items()})
+        self._override("partition_grads", self._partition_grads)
+        self._override("_reassign_or_swap_out_partitioned_parameters", optimizer._unflatten_partitioned_parameters)
+
+    def remove(self, shards: Sequence[ChildShard]) -> None:
+        optimizer = self._optimizer
+        for name in self._overridden:
+            delattr(optimizer, name)
+        self._overridden.clear()
+        self._partitions = {}
+        for i, shard in enumerate(shards):
+            flat = shard.flat.tensor
+            flat.data = optimizer.fp16_partitioned_groups_flat[i].data.to(optimizer.master_weights_and_grads_dtype)
+            shard.scatter()
+            optimizer.fp32_partitioned_groups_flat[i] = flat
+        self._make_gradient_buffer({p.ds_id: p.partition_numel() for p in self._parameters()})
+
+    def _parameters(self) -> list[Any]:
+        return [param for group in self._optimizer.fp16_groups for param in group]
+
+    def _make_gradient_buffer(self, numels: dict[int, int]) -> None:
+        """As DeepSpeed's `_setup_for_real_optimizer` does; `numels` by `ds_id`, in the order of its parameters."""
+        optimizer = self._optimizer
+        optimizer.averaged_gradients = {}  # views of the buffer that goes
+        optimizer.grad_partitions_flat_buffer = None
+        buffer = torch.zeros(sum(numels.values()), dtype=optimizer.gradient_accumulation_dtype, device=optimizer.device)
+        optimizer.grad_partitions_flat_buffer = buffer
+        setattr(optimizer, _VIEWS, dict(zip(numels, buffer.split(list(numels.values())), strict=True)))
+
+    def _override(self, name: str, method: Callable[..., Any]) -> None:
+        """On the instance; deleting it brings the class's back."""
+        setattr(self._optimizer, name, method)
+        self._overridden.append(name)
+
+    def _partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> Any:
+        inside = [self._partitions[p.ds_id].inside(g) for p, g in zip(params_to_release, grad_partitions, strict=True)]
+        return type(self._optimizer).partition_grads(self._optimizer, params_to_release, inside)

@@ -1,0 +1,149 @@
+"""What others read from DeepSpeed - `safe_get_*`, `refresh_fp32_params`, `offload_states` - while a child is compact.
+
+DeepSpeed answers from dense flat shards and dense optimizer state. With a compact child the state is the child's, zero elsewhere,
+and at depth deep there is no dense flat shard. So what is read is put together from child shards here, and what writes is
+refused by name where it would be lost. Reads DeepSpeed's attributes, as `_zero.py` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ds_childtune.child_shards import ChildShard, CompactChild, per_element, put_
+
+
+def redirect(engine: Any, child: CompactChild) -> Callable[[], None]:
+    """Answer from `child`. Returns what takes that back; call it once the child is released."""
+    if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
+        return _ZeroThree(engine.optimizer, child).take_back
+    optimizer = engine.optimizer
+    for name, groups in (
+        ("single_partition_of_fp32_groups", "bit16_groups"),
+        ("fp32_groups_flat_partition", "bf16_groups"),
+    ):
+        if hasattr(optimizer, name):
+            flats, params = getattr(optimizer, name), getattr(optimizer, groups)
+            return _Mapped(child, [(f, p) for f, group in zip(flats, params, strict=True) for p in group]).take_back
+    return lambda: None
+
+
+class _Mapped:
+    """What the parameters of ZeRO 1 and 2 know about their fragment of the optimizer's state."""
+
+    def __init__(self, child: CompactChild, flats_and_params: list[tuple[Tensor, Any]]) -> None:
+        self._child = child
+        self._mapped = [(flat, param) for flat, param in flats_and_params if param._hp_mapping is not None]
+        self._set = [param.set_full_hp_param for _, param in self._mapped]
+        for flat, param in self._mapped:
+            # Views of dense moments, which would keep them alive.
+            param._hp_mapping.optim_fragment = {}
+            param._hp_mapping.get_optim_state_fragment = self._reader(child.shards[flat], param._hp_mapping)
+            param.set_full_hp_param = _setting_weights_alone(param.set_full_hp_param)
+
+    def take_back(self) -> None:
+        for (flat, param), method in zip(self._mapped, self._set, strict=True):
+            del param._hp_mapping.get_optim_state_fragment
+            param.set_full_hp_param = method
+            param._hp_mapping.set_optim_state_fragment(flat, self._child.optimizer.state.get(flat, {}))
+
+    def _reader(self, shard: ChildShard, mapping: Any) -> Callable[[str], Tensor]:
+        address = mapping.hp_fragment_address
+        return lambda key: _state(self._child, shard, key, address.start, address.numel)
+
+
+def _setting_weights_alone(method: Callable[..., None]) -> Callable[..., None]:
+    def set_full_hp_param(value: Tensor, optim_state_key: str | None = None) -> None:
+        if optim_state_key is not None:
+            _refusing("safe_set_full_optimizer_state")()
+        method(value)
+
+    return set_full_hp_param
+
+
+class _ZeroThree:
+    """The methods that ZeRO-3's part of `safe_get_*` and `safe_set_*` ends in, on one optimizer."""
+
+    def __init__(self, optimizer: Any, child: CompactChild) -> None:
+        self._optimizer = optimizer
+        self._child = child
+        self._shards = list(child.shards.values())
+        """By sub-group."""
+        methods: dict[str, Callable[..., Any]] = {
+            "_get_fp32_opt_state_partition": self._state_partition,
+            "set_full_hp_param": _refusing("safe_set_full_fp32_param and safe_set_full_optimizer_state"),
+            "set_local_hp_param": _refusing("safe_set_local_fp32_param and safe_set_local_optimizer_state"),
+        }
+        if child.depth == "deep":
+            methods |= {
+                "_restore_from_bit16_weights": self._restore_from_bit16_weights,
+                "_get_fp32_grad_state_partition": self._grad_partition,
+                "set_fp32_grad_for_param": _refusing("safe_set_full_grad"),
+                "set_local_grad_for_param": _refusing("safe_set_local_grad"),
+                "update_fp32_grad_for_param_vectorized": _refusing("safe_update_full_grad_vectorized"),
+                "offload_states": _refusing("offload_states"),
+            }
+        for name, method in methods.items():
+            setattr(optimizer, name, method)
+        self._names = tuple(methods)
+
+    def take_back(self) -> None:
+        for name in self._names:
+            delattr(self._optimizer, name)
+
+    def _state_partition(
+        self, param: Any, release_swap_buffers: bool, optim_state_key: str | None = None
+    ) -> tuple[Tensor, int]:
+        sub_group, start, numel = self._optimizer.grad_position[self._optimizer.get_param_id(param)]
+        shard = self._shards[sub_group]
+        if optim_state_key is not None:
+            return _state(self._child, shard, optim_state_key, start, numel), sub_group
+        weights = shard.flat.flat().narrow(0, start, numel).to(shard.tensor.dtype, copy=True)
+        return _put_together(shard, shard.tensor, weights, start), sub_group
+
+    def _grad_partition(self, param: Any, release_swap_buffers: bool) -> tuple[Tensor, int]:
+        optimizer = self._optimizer
+        sub_group, start, numel = optimizer.grad_position[optimizer.get_param_id(param)]
+        values, _ = type(optimizer)._get_fp32_grad_state_partition(optimizer, param, release_swap_buffers)
+        shard = self._shards[sub_group]
+        first, last = shard.span(start, numel)
+        dense = torch.zeros(numel, dtype=values.dtype, device=values.device)
+        put_(dense, shard.index[first:last] - start, values)
+        return dense, sub_group
+
+    def _restore_from_bit16_weights(self) -> None:
+        """Masters from the weights that the forward pass uses."""
+        for shard in self._shards:
+            shard.tensor.copy_(shard.flat.flat().index_select(0, shard.index))
+
+
+def _state(child: CompactChild, shard: ChildShard, key: str, start: int, numel: int) -> Tensor:
+    """One entry of the optimizer's state in [start, start + numel) of a flat shard, zero outside the child."""
+    state = child.optimizer.state.get(shard.tensor, {})
+    if not per_element(state.get(key), shard.tensor):
+        known = [k for k, v in state.items() if per_element(v, shard.tensor)]
+        raise ValueError(
+            f"optimizer state {key!r}: expected one of {known}. Remedy: ask for one of them, after the first step."
+        )
+    dense = torch.zeros(numel, dtype=state[key].dtype, device=state[key].device)
+    return _put_together(shard, state[key], dense, start)
+
+
+def _put_together(shard: ChildShard, values: Tensor, dense: Tensor, start: int) -> Tensor:
+    """`values`, one for each element of the child shard, put into `dense`, which lies at `start` of the flat shard."""
+    first, last = shard.span(start, dense.numel())
+    put_(dense, (shard.index[first:last] - start).to(dense.device), values[first:last])
+    return dense
+
+
+def _refusing(what: str) -> Callable[..., NoReturn]:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise NotImplementedError(
+            f'ds_childtune does not support {what} while a child of optimizer_state "compact" trains.'
+            ' Remedy: call child.detach() first, or use optimizer_state "dense".'
+        )
+
+    return refuse
