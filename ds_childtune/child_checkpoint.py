@@ -296,6 +296,8 @@ def read_compact(child: Child, compact: CompactChild) -> None:
                     continue
                 key, _, dtype = name.removeprefix(_STATE).partition(".")
                 state.setdefault(key, torch.tensor(number, dtype=getattr(torch, dtype)) if dtype else number)
+        # At depth wrap the flat shard has the last word, and may have come from 16-bit weights of a deep child.
+        shard.scatter()
         if state:
             compact.optimizer.state[shard.tensor] = state
 
