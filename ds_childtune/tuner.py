@@ -14,7 +14,7 @@ import torch
 from deepspeed.utils import log_dist
 from torch import Tensor
 
-from ds_childtune import _zero, _zero_deep, _zero_reads
+from ds_childtune import _zero, _zero_clip, _zero_deep, _zero_reads
 from ds_childtune._calibration import LossFunction, default_loss, estimate_fisher
 from ds_childtune._ranks import check_same, device, gather_objects, raising_together, sum_over_ranks
 from ds_childtune.child_export import export_child
@@ -54,14 +54,8 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
         parameters = _zero.read_parameters(engine)
         eligible = eligible_names(engine.module, tuple(parameters.by_name), parsed)
         shards = mark_eligible(_zero.read_flat_shards(engine, parameters), eligible)
-        against = (
-            "the masks act after the norm" if parsed.optimizer_state == "dense" else _zero_deep.reason_against(engine)
-        )
-        if parsed.clip == "child" and against is not None:
-            raise NotImplementedError(
-                f'ds_childtune does not support child_tuning.clip "child" here: {against}. Remedy: use ZeRO-3 without offload and'
-                ' optimizer_state "compact", or remove clip.'
-            )
+        if parsed.clip == "child":
+            _zero_clip.refuse_unsupported(engine)
         if parsed.mode == "ChildTuning-D" and parsed.compat is None and parsed.optimizer_state == "dense":
             for group in _zero.base_optimizer(engine).param_groups:
                 decay_style(_zero.base_optimizer(engine), group)
@@ -112,6 +106,7 @@ class ChildTuner:
         self._self_check: SelfCheck | None = None
         self._report: Report | None = None
         self._policy: TaskFreeChild | DenseChild | CompactChild | None = None
+        self._norm: _zero_clip.NormOfChild | None = None
         self._take_back_reads: Callable[[], None] = lambda: None
         """Undo what `_zero_reads` has redirected to a compact child."""
         if config.mode == "ChildTuning-F":
@@ -141,7 +136,10 @@ class ChildTuner:
             ValueError, RuntimeError: on every rank; see `select`.
         """
         self._check_attached()
-        with self._policy.suspended() if isinstance(self._policy, CompactChild) else nullcontext():
+        with (
+            self._policy.suspended() if isinstance(self._policy, CompactChild) else nullcontext(),
+            self._norm.suspended() if self._norm is not None else nullcontext(),
+        ):
             return estimate_fisher(
                 self.engine,
                 self._parameters,
@@ -187,6 +185,10 @@ class ChildTuner:
         self._earlier_children |= self._policy is not None and self.step > self._selected_at
         self._selected_at = self.step
         self._policy = self._fixed_child(_masks(self._shards, scores, cut))
+        if self.config.clip == "child" and getattr(self._policy, "depth", "wrap") == "wrap":
+            if self._norm is not None:
+                self._norm.remove()
+            self._norm = _zero_clip.NormOfChild(self.engine, self._shards, self._parameters.by_name, self._policy)
         # The original lets weight decay move the complement: there is nothing to check then.
         self._self_check = SelfCheck() if self.config.compat is None else None
         chosen = time.perf_counter()
@@ -456,6 +458,8 @@ class ChildTuner:
         if isinstance(self._policy, (DenseChild, CompactChild)):
             self._policy.release()
         self._take_back_reads()
+        if self._norm is not None:
+            self._norm.remove()
         if self.config.optimizer_state == "compact":
             _zero_deep.separate_masters(self.engine)
         for handle in self._handles:
