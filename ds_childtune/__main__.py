@@ -111,9 +111,9 @@ def _parameter_table(child: Child) -> Table:
 
 
 def _print(what: Table | str) -> None:
-    console = Console()
     # A pipe has no width: cut nothing.
-    console.print(what, width=None if console.is_terminal else 200, soft_wrap=isinstance(what, str), markup=False)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(what, soft_wrap=isinstance(what, str), markup=False)
 
 
 def main() -> None:
