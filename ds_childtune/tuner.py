@@ -7,16 +7,20 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.utils import log_dist
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from ds_childtune import _zero, _zero_deep, _zero_reads
 from ds_childtune._calibration import LossFunction, default_loss, estimate_fisher
 from ds_childtune._ranks import check_same, device, gather_objects, raising_together, sum_over_ranks
+from ds_childtune.checkpoint import Checkpoints, ChildState, Resumed
+from ds_childtune.child_checkpoint import Progress
 from ds_childtune.child_export import export_child
 from ds_childtune.child_shards import CompactChild
 from ds_childtune.config import ChildTuningConfig, parse_config
@@ -117,13 +121,15 @@ class ChildTuner:
         if config.mode == "ChildTuning-F":
             self._policy = TaskFreeChild(shards, seed=config.seed, reserve_p=config.reserve_p)
         base = _zero.base_optimizer(engine)
-        self._handles = [
-            base.register_state_dict_pre_hook(self._refuse_checkpoint),
+        self._handles: list[RemovableHandle | Checkpoints] = [
             base.register_step_pre_hook(self._before_step),
             base.register_step_post_hook(self._after_step),
         ]
         self._steps_at_attach = _zero.applied_steps(engine)
         self._handles.append(engine.module.register_forward_pre_hook(self._check_that_hooks_fired))
+        self._handles.append(
+            Checkpoints(engine, config, parameters, eligible, shards, read=self._state, resume=self._resume)
+        )
         engine.child_tuner = self
         log_dist(self._eligibility(), ranks=[0])
 
@@ -256,6 +262,43 @@ class ChildTuner:
             self._take_back_reads = _zero_reads.redirect(self.engine, child)
             return child
         return DenseChild(self._shards, masks, base, decay_outside=self.config.compat == "original")
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _state(self) -> ChildState:
+        progress = Progress(self.step, self._selected_at, self._earlier_children)
+        if self._report is not None:
+            batches = self._report.calibration_batches
+            progress = replace(progress, threshold=self._report.threshold, calibration_batches=batches)
+        return ChildState(progress, self._policy)
+
+    def _resume(self, to: Resumed) -> TaskFreeChild | DenseChild | CompactChild | None:
+        """Become what a checkpoint holds. A collective."""
+        self.step = to.progress.step
+        self._selected_at = to.progress.selected_at
+        self._earlier_children = to.progress.earlier_children
+        self._steps_at_attach = _zero.applied_steps(self.engine)
+        self._stepped.clear()
+        if self.config.mode == "ChildTuning-F":
+            return self._policy
+        if to.masks is None:
+            if isinstance(self._policy, (DenseChild, CompactChild)):
+                self._policy.release()
+            self._take_back_reads()
+            self._take_back_reads = lambda: None
+            self._shard_of = {s.tensor: s for s in self._shards}
+            self._policy = self._self_check = self._report = None
+            return None
+        self._policy = self._fixed_child(to.masks)
+        self._self_check = SelfCheck() if self.config.compat is None else None
+        self._report = Report(
+            self.config.mode,
+            self.config.reserve_p,
+            self._count(self._fragment_masks(self._policy)),
+            calibration_batches=to.progress.calibration_batches,
+            threshold=to.progress.threshold,
+        )
+        return self._policy
 
     # ---------------------------------------------------------------- the child alone
 
@@ -398,13 +441,6 @@ class ChildTuner:
         verdict = self._self_check.verdict(device())
         sum_over_ranks(verdict)
         self._self_check = None if judge(verdict.tolist()) else SelfCheck()
-
-    def _refuse_checkpoint(self, *_: object) -> None:
-        if isinstance(self._policy, CompactChild):
-            raise NotImplementedError(
-                'ds_childtune cannot save optimizer_state "compact" in a checkpoint yet. Remedy: save 16-bit weights with'
-                ' engine.save_16bit_model, call child.detach() before save_checkpoint, or use optimizer_state "dense".'
-            )
 
     def _known(self, tensor: Tensor) -> FlatShard:
         shard = self._shard_of.get(tensor)

@@ -402,8 +402,10 @@ def training_batches(rows: Dataset, batch_size: int, seed: int, *, group_by_leng
         yield from order.reshape(-1, batch_size).tolist()
 
 
-def calibration_batches(rows: Dataset, collate: Collate, batch_size: int) -> Iterator[Batch]:
-    """This rank's share of the training set in its own order. The batches are the same at any number of ranks."""
+def calibration_batches(rows: Dataset, collate: Collate, batch_size: int, *, group_by_length: bool) -> Iterator[Batch]:
+    """This rank's share of the training set, in its own order or by length. The batches are the same at any number of ranks."""
+    lengths = [len(ids) for ids in rows["input_ids"]] if group_by_length else [0] * len(rows)
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
     starts = range(0, len(rows), batch_size)
     if len(starts) < dist.get_world_size():
         raise ValueError(
@@ -411,7 +413,7 @@ def calibration_batches(rows: Dataset, collate: Collate, batch_size: int) -> Ite
             f" examples. Remedy: lower --calibration-batch-size to {max(1, len(rows) // dist.get_world_size())} or less."
         )
     for start in starts[dist.get_rank() :: dist.get_world_size()]:
-        yield collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+        yield collate([rows[i] for i in order[start : start + batch_size]])
 
 
 # ---------------------------------------------------------------- model
@@ -612,7 +614,8 @@ def run(args: Arguments) -> dict[str, Any]:
         child = ds_childtune.attach(engine)
         if child.config.mode == "ChildTuning-D":
             size = args.calibration_batch_size or engine.train_micro_batch_size_per_gpu()
-            report = child.select(calibration_batches(data.train, collate, size))
+            batches = calibration_batches(data.train, collate, size, group_by_length=args.group_by_length)
+            report = child.select(batches)
         else:
             report = child.report()
         say(str(report))

@@ -3,6 +3,9 @@
     python launch/study.py run launch/study_glue.yaml --data GLUE_FOLDER --results docs/evidence/glue.jsonl --jobs 2
     python launch/study.py report launch/study_glue.yaml docs/evidence/glue.jsonl --plot docs/evidence/glue.png
 
+Likewise study_ablations.yaml (into the same results file, whose runs it shares), study_low_resource.yaml and study_transfer.yaml;
+study_bert_large.yaml is the paper's own table, for those who have GPUs.
+
 `run` may be stopped at any time and started again: every finished job is one JSON line in the results file, and jobs
 that have a line are skipped. For every task and method it first tunes the learning rate on the tuning seed; the seeds that
 are reported never see that choice being made.
@@ -45,6 +48,21 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Binarise(Strict):
+    """Classes from a score: 1 from `above` on, 0 up to `below`; what lies between is left out."""
+
+    above: float
+    below: float
+
+
+class Domain(Strict):
+    """Another domain to test on, with the task's columns."""
+
+    file: str
+    """json lines, inside --data."""
+    binarise: Binarise | None = None
+
+
 class Task(Strict):
     metric: str
     """The score that the study compares, one of launch/finetune.py's metrics."""
@@ -53,8 +71,9 @@ class Task(Strict):
     """Folder inside --data; the task's own name when absent."""
     hub: Options = Field(default_factory=dict)
     """Options that name the data set on the hub, for --data hub."""
-    also_eval: dict[str, str] = Field(default_factory=dict)
-    """Other domains: name to file inside --data."""
+    binarise: Binarise | None = None
+    also_eval: dict[str, Domain] = Field(default_factory=dict)
+    """Other domains, by a name for the table."""
     finetune: Options = Field(default_factory=dict)
 
 
@@ -142,17 +161,32 @@ def job_of(result: Options) -> Job:
     return Job(**{key: result[key] for key in Job.__dataclass_fields__})
 
 
-def options_of(grid: Grid, job: Job, data: str) -> Options:
+def file_of(file: Path, binarise: Binarise | None, scratch: Path) -> Path:
+    """`file`, or a copy of it in `scratch` whose label is a class."""
+    if binarise is None:
+        return file
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    sure = [row for row in rows if not binarise.below < row["label"] < binarise.above]
+    copy = scratch / f"{file.parent.name}-{file.name}"
+    copy.write_text("".join(json.dumps(row | {"label": int(row["label"] >= binarise.above)}) + "\n" for row in sure))
+    return copy
+
+
+def options_of(grid: Grid, job: Job, data: str, scratch: Path) -> Options:
     """launch/finetune.py's options for a job."""
     task = grid.tasks[job.task]
     method = {
         k: v.get(job.task) if isinstance(v, dict) else v for k, v in grid.methods[job.method].items() if k != "lr_of"
     }
     folder = Path(data) / (task.folder or job.task)
-    files = {"train_file": folder / "train.jsonl", "eval_file": folder / "validation.jsonl"}
-    where = task.hub if data == "hub" else files
+    names = {"train_file": "train.jsonl", "eval_file": "validation.jsonl"}
+    if data == "hub":
+        where: Options = task.hub
+    else:
+        where = {key: file_of(folder / name, task.binarise, scratch) for key, name in names.items()}
     own = {"seed": job.seed, "lr": job.lr, "train_limit": job.train_limit, "text_columns": task.text_columns}
-    also = [f"{name}={Path(data) / file}" for name, file in task.also_eval.items()]
+    others = {name: file_of(Path(data) / d.file, d.binarise, scratch) for name, d in task.also_eval.items()}
+    also = [f"{name}={file}" for name, file in others.items()]
     merged = grid.finetune | task.finetune | where | method | own | {"also_eval": also}
     return {k: v for k, v in merged.items() if v is not None}
 
@@ -181,7 +215,7 @@ def run_job(grid: Grid, job: Job, data: str) -> Options:
     environment = os.environ | {k: str(v) for k, v in grid.launcher.items() if k.isupper()}
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "result.jsonl"
-        command = command_of(grid, options_of(grid, job, data), results)
+        command = command_of(grid, options_of(grid, job, data, Path(folder)), results)
         done = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True, check=False)
         if done.returncode or not results.exists():
             raise RuntimeError(
@@ -264,13 +298,16 @@ def run(
 # ---------------------------------------------------------------- reporting
 
 
-def reported(grid: Grid, results: Sequence[Options]) -> Iterator[tuple[Job, float]]:
-    """Each reported job's score, once."""
+def reported(grid: Grid, results: Sequence[Options]) -> Iterator[tuple[Job, str, float]]:
+    """Each reported job, what it was tested on, and its score there."""
     by_job = {job_of(r): r for r in results}
     for task, limit in itertools.product(grid.tasks, grid.train_limits):
+        metric = grid.tasks[task].metric
         for job in reported_jobs(grid, task, limit, results):
             if job in by_job:
-                yield job, 100 * float(by_job[job]["metrics"][grid.tasks[task].metric])
+                yield job, task, 100 * float(by_job[job]["metrics"][metric])
+                for domain in grid.tasks[task].also_eval:
+                    yield job, f"{task} > {domain}", 100 * float(by_job[job]["also"][domain][metric])
 
 
 def bootstrap(differences: Sequence[float], draws: int = 10_000) -> tuple[float, float]:
@@ -285,22 +322,24 @@ def rows(grid: Grid, results: Sequence[Options]) -> list[list[str]]:
     """task, examples, method, lr, seeds, mean ± standard deviation, difference to the first method on the same seeds."""
     scores: dict[tuple[str, int | None, str], dict[int, float]] = defaultdict(dict)
     lrs = {}
-    for job, score in reported(grid, results):
-        scores[job.task, job.train_limit, job.method][job.seed] = score
-        lrs[job.task, job.train_limit, job.method] = job.lr
+    for job, tested, score in reported(grid, results):
+        scores[tested, job.train_limit, job.method][job.seed] = score
+        lrs[tested, job.train_limit, job.method] = job.lr
     baseline = next(iter(grid.methods))
     table = []
-    for (task, limit, method), of in scores.items():
-        base = scores[task, limit, baseline]
+    # Seeds take turns while a study runs: put what was tested on the same data together, in the order of the grid.
+    position = {cell: i for i, cell in enumerate(dict.fromkeys((tested, limit) for tested, limit, _ in scores))}
+    for (tested, limit, method), of in sorted(scores.items(), key=lambda item: position[item[0][:2]]):
+        base = scores[tested, limit, baseline]
         paired = [of[seed] - base[seed] for seed in of if seed in base]
         difference = "" if method == baseline or not paired else f"{np.mean(paired):+.2f}"
         if difference and len(paired) > 1:
             difference += " [{:+.2f}, {:+.2f}]".format(*bootstrap(paired))
         values = list(of.values())
         spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-        what = f"{task} ({grid.tasks[task].metric})"
+        what = f"{tested} ({grid.tasks[tested.partition(' > ')[0]].metric})"
         examples = "all" if limit is None else str(limit)
-        lr = f"{lrs[task, limit, method]:g}"
+        lr = f"{lrs[tested, limit, method]:g}"
         table.append([what, examples, method, lr, str(len(values)), f"{np.mean(values):.2f}{spread}", difference])
     return table
 
@@ -316,19 +355,19 @@ def draw(grid: Grid, results: Sequence[Options], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     scores: dict[tuple[str, int | None], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for job, score in reported(grid, results):
-        scores[job.task, job.train_limit][job.method].append(score)
+    for job, tested, score in reported(grid, results):
+        scores[tested, job.train_limit][job.method].append(score)
     figure, all_axes = plt.subplots(
         1, len(scores), figsize=(3.2 * len(scores), 3.4), squeeze=False, layout="constrained"
     )
-    for axes, ((task, limit), of) in zip(all_axes[0], scores.items(), strict=True):
+    for axes, ((tested, limit), of) in zip(all_axes[0], scores.items(), strict=True):
         for i, values in enumerate(of.values()):
             jitter = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else np.zeros(1)
             axes.plot(i + jitter, values, "o", color=f"C{i}", alpha=0.55)
             axes.hlines(np.mean(values), i - 0.25, i + 0.25, color=f"C{i}", linewidth=2)
         axes.set_xticks(range(len(of)), list(of), rotation=25, ha="right")
-        axes.set_title(task if limit is None else f"{task}, {limit} examples")
-        axes.set_ylabel(f"{grid.tasks[task].metric} x 100")
+        axes.set_title(tested if limit is None else f"{tested}, {limit} examples")
+        axes.set_ylabel(f"{grid.tasks[tested.partition(' > ')[0]].metric} x 100")
     figure.savefig(path, dpi=110)
 
 
