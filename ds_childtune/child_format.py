@@ -21,10 +21,10 @@ it: so whoever reads can ask for any run of elements, whoever wrote them.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar, cast
 
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -211,7 +211,7 @@ class Piece:
 
 
 @cache
-def adapter(kind: Hashable) -> TypeAdapter[Any]:
+def adapter(kind: Any) -> TypeAdapter[Any]:
     """What validates and writes a dataclass of this module; made once, as that takes longer than its use."""
     made: TypeAdapter[Any] = TypeAdapter(kind)
     return made
@@ -224,7 +224,7 @@ def parsed(kind: type[T], data: bytes | str, where: str) -> T:
         ChildFileError: naming the first entry that is not as it should be.
     """
     try:
-        value: T = adapter(kind).validate_json(data)
+        value: T = adapter(cast(Any, kind)).validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = ".".join(str(p) for p in first["loc"]) or "json"
