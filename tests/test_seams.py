@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,10 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
         ),
     ),
 }
+WRAPPERS |= {
+    f"{name}, offload": (replace(WRAPPERS[name][0], offload=True), ("norm_for_param_grads", "grad_position"))
+    for name in ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")
+}
 """By the class of `engine.optimizer`: an engine that has it, and what is read on it."""
 
 PARTITIONED = ("ds_numel", "ds_process_group", "ds_shape", "ds_tensor.ds_numel", "ds_tensor.final_location")
@@ -204,6 +209,7 @@ def missing_on(root: Any, paths: tuple[str, ...], what: str) -> list[str]:
 def missing_after_a_step(name: str) -> list[str]:
     """Attributes of the engine, of its optimizer, and the layout of fragments."""
     setup, paths = WRAPPERS[name]
+    name = name.partition(",")[0]
     with engine_of(setup) as engine:
         train_step(engine, batches(setup.family, 1))
         optimizer = engine.optimizer
