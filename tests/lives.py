@@ -8,6 +8,7 @@ its n-th step, calibration batch, or change of a file in the checkpoints' folder
 from __future__ import annotations
 
 import faulthandler
+import gc
 import io
 import multiprocessing
 import os
@@ -34,6 +35,8 @@ from tests.engines import engine_of, master_weights, model_weights, train_step
 from tests.models import Batch, batches, deal
 from tests.test_elastic import GLOBAL_BATCH, Place, State, setup_of
 
+PRELOADED = ["tests.lives", "torch._inductor.compile_fx", "deepspeed.module_inject"]
+"""What ranks find imported: without the last two, each would import them in its first step."""
 LIFE_SECONDS = 120.0
 """A life that is not over by then hangs."""
 GRACE_SECONDS = 3.0
@@ -89,7 +92,7 @@ def live(job: Job, place: Place, trip: Trip | None = None, seconds: float = LIFE
     Path(job.folder).mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.lives"])
+        context.set_forkserver_preload(PRELOADED)
         ranks = [
             context.Process(target=_live, args=(rank, job, place, trip, scratch), daemon=True)
             for rank in range(place.world_size)
@@ -191,6 +194,7 @@ def _live(rank: int, job: Job, place: Place, trip: Trip | None, scratch: str) ->
     with Path(f"{scratch}/stderr-{rank}").open("w", buffering=1) as stderr:
         os.dup2(stderr.fileno(), 2)
         faulthandler.enable()
+        gc.freeze()  # what the server has imported stays
         _set_environment(rank, place.world_size)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         store = dist.FileStore(f"{scratch}/store", place.world_size)
