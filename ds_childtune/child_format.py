@@ -23,7 +23,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Final, Literal, TypeVar
+from functools import cache
+from typing import Annotated, Any, Final, Literal, TypeVar, cast
 
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -120,7 +121,7 @@ class Manifest:
     version: int = VERSION
 
     def json(self) -> bytes:
-        return TypeAdapter(Manifest).dump_json(self, indent=1)
+        return adapter(Manifest).dump_json(self, indent=1)
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,13 @@ class Piece:
         return Piece(self.parameter, start, end - start, index, tensors, self.numbers)
 
 
+@cache
+def adapter(kind: Any) -> TypeAdapter[Any]:
+    """What validates and writes a dataclass of this module; made once, as that takes longer than its use."""
+    made: TypeAdapter[Any] = TypeAdapter(kind)
+    return made
+
+
 def parsed(kind: type[T], data: bytes | str, where: str) -> T:
     """A dataclass of this module from json.
 
@@ -216,7 +224,7 @@ def parsed(kind: type[T], data: bytes | str, where: str) -> T:
         ChildFileError: naming the first entry that is not as it should be.
     """
     try:
-        return TypeAdapter(kind).validate_json(data)
+        value: T = adapter(cast(Any, kind)).validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = ".".join(str(p) for p in first["loc"]) or "json"
@@ -225,3 +233,4 @@ def parsed(kind: type[T], data: bytes | str, where: str) -> T:
             f"{where}: {path}: expected otherwise ({first['msg']}), got {got[:80]}{'...' if len(got) > 80 else ''}."
             " Remedy: write the child again, or take an undamaged copy."
         ) from None
+    return value

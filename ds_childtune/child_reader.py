@@ -160,15 +160,16 @@ def joined(name: str, start: int, numel: int, parts: list[Piece]) -> Piece:
 def _manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
+        size = path.stat().st_size
+        if size > _MAX_MANIFEST_BYTES:
+            raise ChildFileError(f"{path}: expected at most {_MAX_MANIFEST_BYTES} bytes, got {size}. {_DAMAGED}")
         with path.open("rb") as file:
-            data = file.read(_MAX_MANIFEST_BYTES + 1)
+            data = file.read(size)
     except OSError as error:
         raise ChildFileError(
             f"{folder}: expected a child's folder with a readable {MANIFEST}, got: {error.strerror}."
             " Remedy: give the folder that was written; without this file the writing did not end."
         ) from None
-    if len(data) > _MAX_MANIFEST_BYTES:
-        raise ChildFileError(f"{path}: expected at most {_MAX_MANIFEST_BYTES} bytes, got more. {_DAMAGED}")
     head: Any = parsed(dict[str, Any], data, str(path))
     if head.get("format") != FORMAT or head.get("version") != VERSION:
         raise ChildFileError(

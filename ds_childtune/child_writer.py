@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ds_childtune.child_format import DTYPES, MANIFEST, FileEntry, Manifest, Piece, PieceEntry
+from ds_childtune.child_format import DTYPES, MANIFEST, FileEntry, Manifest, Piece, PieceEntry, adapter
 from ds_childtune.durable import checksum, explained, new_file, sync_folder, write_bytes
 
 _OURS = re.compile(r"\.?child-\d{5,}-?[0-9a-f]*\.safetensors(\.tmp)?")
@@ -37,7 +36,7 @@ def write_pieces(folder: Path, writer: int, pieces: Iterable[Piece]) -> FileEntr
         tensors |= stored
     if not entries:
         return None
-    metadata = {"pieces": TypeAdapter(list[PieceEntry]).dump_json(entries).decode()}
+    metadata = {"pieces": adapter(list[PieceEntry]).dump_json(entries).decode()}
     draft = folder / f"child-{writer:05d}.safetensors"
     with new_file(draft) as temporary:
         try:

@@ -7,16 +7,20 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.utils import log_dist
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from ds_childtune import _zero, _zero_deep, _zero_reads
+from ds_childtune import _zero, _zero_clip, _zero_deep, _zero_reads
 from ds_childtune._calibration import LossFunction, default_loss, estimate_fisher
 from ds_childtune._ranks import check_same, device, gather_objects, raising_together, sum_over_ranks
+from ds_childtune.checkpoint import Checkpoints, ChildState, Resumed
+from ds_childtune.child_checkpoint import Progress
 from ds_childtune.child_export import export_child
 from ds_childtune.child_shards import CompactChild
 from ds_childtune.config import ChildTuningConfig, parse_config
@@ -54,14 +58,8 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
         parameters = _zero.read_parameters(engine)
         eligible = eligible_names(engine.module, tuple(parameters.by_name), parsed)
         shards = mark_eligible(_zero.read_flat_shards(engine, parameters), eligible)
-        against = (
-            "the masks act after the norm" if parsed.optimizer_state == "dense" else _zero_deep.reason_against(engine)
-        )
-        if parsed.clip == "child" and against is not None:
-            raise NotImplementedError(
-                f'ds_childtune does not support child_tuning.clip "child" here: {against}. Remedy: use ZeRO-3 without offload and'
-                ' optimizer_state "compact", or remove clip.'
-            )
+        if parsed.clip == "child":
+            _zero_clip.refuse_unsupported(engine)
         if parsed.mode == "ChildTuning-D" and parsed.compat is None and parsed.optimizer_state == "dense":
             for group in _zero.base_optimizer(engine).param_groups:
                 decay_style(_zero.base_optimizer(engine), group)
@@ -112,18 +110,20 @@ class ChildTuner:
         self._self_check: SelfCheck | None = None
         self._report: Report | None = None
         self._policy: TaskFreeChild | DenseChild | CompactChild | None = None
-        self._take_back_reads: Callable[[], None] = lambda: None
-        """Undo what `_zero_reads` has redirected to a compact child."""
+        self._norm: _zero_clip.NormOfChild | None = None
+        self._reads: _zero_reads.Reads | None = None
         if config.mode == "ChildTuning-F":
             self._policy = TaskFreeChild(shards, seed=config.seed, reserve_p=config.reserve_p)
         base = _zero.base_optimizer(engine)
-        self._handles = [
-            base.register_state_dict_pre_hook(self._refuse_checkpoint),
+        self._handles: list[RemovableHandle | Checkpoints] = [
             base.register_step_pre_hook(self._before_step),
             base.register_step_post_hook(self._after_step),
         ]
         self._steps_at_attach = _zero.applied_steps(engine)
         self._handles.append(engine.module.register_forward_pre_hook(self._check_that_hooks_fired))
+        self._handles.append(
+            Checkpoints(engine, config, parameters, eligible, shards, read=self._state, resume=self._resume)
+        )
         engine.child_tuner = self
         log_dist(self._eligibility(), ranks=[0])
 
@@ -141,7 +141,10 @@ class ChildTuner:
             ValueError, RuntimeError: on every rank; see `select`.
         """
         self._check_attached()
-        with self._policy.suspended() if isinstance(self._policy, CompactChild) else nullcontext():
+        with (
+            self._policy.suspended() if isinstance(self._policy, CompactChild) else nullcontext(),
+            self._norm.suspended() if self._norm is not None else nullcontext(),
+        ):
             return estimate_fisher(
                 self.engine,
                 self._parameters,
@@ -246,16 +249,63 @@ class ChildTuner:
     def _fixed_child(self, masks: Iterable[Tensor]) -> DenseChild | CompactChild:
         """The child that trains from here on. Elements that stay keep their state."""
         base = _zero.base_optimizer(self.engine)
+        self._take_back_overrides()
+        child: DenseChild | CompactChild
         if self.config.optimizer_state == "compact":
             depth = _zero_deep.Depth.of(self.engine, self.config.clip)
             log_dist(f'optimizer_state "compact" is at depth {depth.reason}', ranks=[0])
             previous = self._policy if isinstance(self._policy, CompactChild) else None
-            self._take_back_reads()
             child = CompactChild.of(self._shards, masks, base, depth.plumbing, previous)
             self._shard_of = child.shard_of()
-            self._take_back_reads = _zero_reads.redirect(self.engine, child)
-            return child
-        return DenseChild(self._shards, masks, base, decay_outside=self.config.compat == "original")
+            self._reads = _zero_reads.redirect(self.engine, child)
+        else:
+            child = DenseChild(self._shards, masks, base, decay_outside=self.config.compat == "original")
+        if self.config.clip == "child" and not (isinstance(child, CompactChild) and child.depth == "deep"):
+            self._norm = _zero_clip.NormOfChild(self.engine, self._shards, self._parameters.by_name, child)
+        return child
+
+    def _take_back_overrides(self) -> None:
+        """What a fixed child has overridden on the engine, apart from a compact child's own plumbing."""
+        for override in (self._reads, self._norm):
+            if override is not None:
+                override.remove()
+        self._reads = self._norm = None
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _state(self) -> ChildState:
+        progress = Progress(self.step, self._selected_at, self._earlier_children)
+        if self._report is not None:
+            batches = self._report.calibration_batches
+            progress = replace(progress, threshold=self._report.threshold, calibration_batches=batches)
+        return ChildState(progress, self._policy)
+
+    def _resume(self, to: Resumed) -> TaskFreeChild | DenseChild | CompactChild | None:
+        """Become what a checkpoint holds. A collective."""
+        self.step = to.progress.step
+        self._selected_at = to.progress.selected_at
+        self._earlier_children = to.progress.earlier_children
+        self._steps_at_attach = _zero.applied_steps(self.engine)
+        self._stepped.clear()
+        if self.config.mode == "ChildTuning-F":
+            return self._policy
+        if to.masks is None:
+            if isinstance(self._policy, (DenseChild, CompactChild)):
+                self._policy.release()
+            self._take_back_overrides()
+            self._shard_of = {s.tensor: s for s in self._shards}
+            self._policy = self._self_check = self._report = None
+            return None
+        self._policy = self._fixed_child(to.masks)
+        self._self_check = SelfCheck() if self.config.compat is None else None
+        self._report = Report(
+            self.config.mode,
+            self.config.reserve_p,
+            self._count(self._fragment_masks(self._policy)),
+            calibration_batches=to.progress.calibration_batches,
+            threshold=to.progress.threshold,
+        )
+        return self._policy
 
     # ---------------------------------------------------------------- the child alone
 
@@ -399,13 +449,6 @@ class ChildTuner:
         sum_over_ranks(verdict)
         self._self_check = None if judge(verdict.tolist()) else SelfCheck()
 
-    def _refuse_checkpoint(self, *_: object) -> None:
-        if isinstance(self._policy, CompactChild):
-            raise NotImplementedError(
-                'ds_childtune cannot save optimizer_state "compact" in a checkpoint yet. Remedy: save 16-bit weights with'
-                ' engine.save_16bit_model, call child.detach() before save_checkpoint, or use optimizer_state "dense".'
-            )
-
     def _known(self, tensor: Tensor) -> FlatShard:
         shard = self._shard_of.get(tensor)
         if shard is None:
@@ -455,7 +498,7 @@ class ChildTuner:
             self._check_between_steps("detach")
         if isinstance(self._policy, (DenseChild, CompactChild)):
             self._policy.release()
-        self._take_back_reads()
+        self._take_back_overrides()
         if self.config.optimizer_state == "compact":
             _zero_deep.separate_masters(self.engine)
         for handle in self._handles:

@@ -182,21 +182,3 @@ def test_moments_exist_for_the_child_alone(pool: RankPool, name: str) -> None:
         assert result.flat_state == 0
     for result in pool[2].run(run, CASES[name], "dense", "reselect"):
         assert result.state_numel > moments * result.child_numel, "vacuous"
-
-
-def saving(stage: int, folder: str) -> str:
-    with engine_of(Setup(stage=stage)) as engine:
-        child = ds_childtune.attach(engine, {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": "compact"})
-        child.select(share(Setup(), 1000, 4))
-        train_step(engine, share(Setup(), 0, dist.get_world_size()))
-        try:
-            engine.save_checkpoint(folder)
-        except NotImplementedError as error:
-            return str(error)
-        return "saved"
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_checkpoint_of_compact_state_is_refused_by_name(pool: RankPool, stage: int, tmp_path: Any) -> None:
-    for message in pool[2].run(saving, stage, str(tmp_path)):
-        assert 'optimizer_state "compact"' in message

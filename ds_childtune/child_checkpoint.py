@@ -1,0 +1,311 @@
+"""The child inside a checkpoint: the subfolder `child` of a tag, beside DeepSpeed's own files.
+
+[Note: what a checkpoint holds]
+DeepSpeed's files hold the weights, and the optimizer's state of a ChildTuning-F or dense ChildTuning-D run. The subfolder holds
+
+    child.json                    the manifest: config, model, applied steps, the run that wrote it, every file with its checksum,
+                                  DeepSpeed's included
+    child-*.safetensors           ChildTuning-D: the masks; with compact state also the child's fp32 weights and moments
+    rank-*.safetensors            each rank's random states, and the layout of its flat shards
+
+See [Note: child files] for the first two.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor
+
+from ds_childtune.child_format import ChildFileError, FileEntry, ParameterEntry, Piece, parsed
+from ds_childtune.child_reader import Child
+from ds_childtune.child_shards import ChildShard, CompactChild, per_element
+from ds_childtune.config import ChildTuningConfig
+from ds_childtune.durable import checksum
+from ds_childtune.policies import DenseChild, TaskFreeChild
+from ds_childtune.shards import FlatShard, Fragment
+
+KIND = "checkpoint"
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_Count = Annotated[int, Field(ge=0, le=2**62)]
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-.]+$", max_length=200)]
+
+_MASTER = "fp32"
+_STATE = "state."
+_STEPPED = "stepped"
+"""A piece without this number was never stepped: its moments stand for none."""
+
+
+@dataclass(frozen=True)
+class DeepSpeedFile:
+    """One of DeepSpeed's own files in the tag's folder."""
+
+    __pydantic_config__ = _STRICT
+
+    rank: _Count
+    what: Literal["model", "optim"]
+    name: _FileName
+    bytes: _Count
+    blake2b: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+
+    @classmethod
+    def of(cls, path: Path, rank: int, what: Literal["model", "optim"]) -> DeepSpeedFile:
+        return cls(rank, what, path.name, path.stat().st_size, checksum(path))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a child has come, in numbers of ChildTuner's."""
+
+    __pydantic_config__ = _STRICT
+
+    step: _Count = 0
+    """Applied steps."""
+    selected_at: _Count = 0
+    """ChildTuning-D: applied steps when the child was chosen."""
+    earlier_children: bool = False
+    """ChildTuning-D: whether another child was trained before this one."""
+    threshold: float | None = None
+    calibration_batches: _Count = 0
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The manifest's `extra`: the run that wrote the checkpoint."""
+
+    __pydantic_config__ = _STRICT
+
+    progress: Progress
+    chosen: bool
+    """False: a ChildTuning-D child that `select` had not fixed yet."""
+    world_size: Annotated[int, Field(ge=1)]
+    optimizer: str
+    """How DeepSpeed laid out its state, see `_zero_checkpoint.kind_of`."""
+    precision: str
+    """dtype of the forward pass."""
+    ranks: tuple[FileEntry, ...]
+    """One for each rank, in order."""
+    deepspeed: tuple[DeepSpeedFile, ...]
+
+    @classmethod
+    def of(cls, child: Child) -> RunRecord:
+        """Raises ChildFileError when the manifest is not a checkpoint's."""
+        record = parsed(cls, json.dumps(child.manifest.extra), f"{child.folder}: extra")
+        if len(record.ranks) != record.world_size:
+            raise ChildFileError(
+                f"{child.folder}: expected a file of each of {record.world_size} ranks, got {len(record.ranks)}."
+                " Remedy: use another checkpoint, or an undamaged copy."
+            )
+        return record
+
+    def check_files(self, folder: Path, share: int, of: int) -> None:
+        """Sizes of all files that are not in the manifest's own list, and the checksums of every `of`-th from the `share`-th on.
+
+        Args:
+            folder: the tag's.
+
+        Raises:
+            ChildFileError: for one that is missing, truncated or changed.
+        """
+        files = [(folder / "child" / f.name, f.bytes, f.blake2b) for f in self.ranks]
+        files += [(folder / f.name, f.bytes, f.blake2b) for f in self.deepspeed]
+        for path, size, _ in files:
+            got = path.stat().st_size if path.is_file() else None
+            if got != size:
+                raise ChildFileError(
+                    f"{path}: expected a file of {size} bytes, got {'none' if got is None else got}."
+                    " Remedy: use another checkpoint, or an undamaged copy."
+                )
+        for path, _, digest in files[share::of]:
+            if checksum(path) != digest:
+                raise ChildFileError(
+                    f"{path}: expected checksum {digest}, got another: bytes have changed."
+                    " Remedy: use another checkpoint, or an undamaged copy."
+                )
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def parameter_entries(
+    shapes: Mapping[str, torch.Size], stored: Iterable[str], dtype: torch.dtype
+) -> tuple[ParameterEntry, ...]:
+    names = frozenset(stored)
+    dtype_name = str(dtype).removeprefix("torch.")
+    return tuple(ParameterEntry(n, tuple(shape), dtype_name, n in names) for n, shape in shapes.items())
+
+
+def stored_fragments(
+    child: TaskFreeChild | DenseChild | CompactChild | None, shards: Sequence[FlatShard]
+) -> list[tuple[FlatShard, Fragment]]:
+    """The fragments that this child has pieces of: none for ChildTuning-F, every one with compact state."""
+    if child is None or isinstance(child, TaskFreeChild):
+        return []
+    whole = isinstance(child, CompactChild)
+    return [(s, f) for s in shards for f in (s.fragments if whole else s.eligible)]
+
+
+def pieces(
+    child: DenseChild | CompactChild, fragments: Iterable[tuple[FlatShard, Fragment]], keys: Mapping[str, torch.dtype]
+) -> Iterator[Piece]:
+    """One piece for each of the fragments.
+
+    Args:
+        keys: moments of any rank's base optimizer; all pieces have the same tensors, zeros where a shard was never stepped.
+    """
+    for shard, fragment in fragments:
+        if isinstance(child, DenseChild):
+            yield Piece.of(fragment.name, fragment.param_start, child.mask(shard.tensor, fragment))
+        else:
+            yield _compact_piece(child, child.shards[shard.tensor], fragment, keys)
+
+
+def moment_keys(child: TaskFreeChild | DenseChild | CompactChild | None) -> dict[str, torch.dtype]:
+    """The per-element entries of a compact child's optimizer state on this rank."""
+    if not isinstance(child, CompactChild):
+        return {}
+    return {
+        key: value.dtype
+        for shard in child.shards.values()
+        for key, value in child.optimizer.state.get(shard.tensor, {}).items()
+        if per_element(value, shard.tensor)
+    }
+
+
+def _compact_piece(
+    child: CompactChild, shard: ChildShard, fragment: Fragment, keys: Mapping[str, torch.dtype]
+) -> Piece:
+    first, last = shard.span(fragment.shard_start, fragment.numel)
+    index = shard.index[first:last] - fragment.shard_start
+    state = child.optimizer.state.get(shard.tensor, {})
+    moments = {
+        _STATE + key: state[key][first:last] if key in state else torch.zeros(last - first, dtype=dtype)
+        for key, dtype in keys.items()
+    }
+    numbers = {name: number for key, value in state.items() for name, number in _number(key, value, shard)}
+    numbers |= {_STEPPED: 1} if state else {}
+    whole = last - first == fragment.numel
+    tensors = {_MASTER: shard.tensor.detach()[first:last], **moments}
+    return Piece(fragment.name, fragment.param_start, fragment.numel, None if whole else index, tensors, numbers)
+
+
+def _number(key: str, value: Any, shard: ChildShard) -> Iterator[tuple[str, int | float]]:
+    """A counter of the optimizer's state under a name that tells whether it was a tensor, and of which dtype."""
+    if isinstance(value, Tensor) and value.dim() == 0:
+        yield f"{_STATE}{key}.{str(value.dtype).removeprefix('torch.')}", value.item()
+    elif isinstance(value, (int, float)):
+        yield f"{_STATE}{key}", value
+    elif value is not None and not per_element(value, shard.tensor):
+        raise NotImplementedError(
+            f"save_checkpoint: expected moments and counters in the base optimizer's state, got {key!r} of type"
+            f' {type(value).__name__}. Remedy: use optimizer_state "dense", or AdamW, SGD or Lion.'
+        )
+
+
+@contextmanager
+def hidden_state(child: TaskFreeChild | DenseChild | CompactChild | None) -> Iterator[None]:
+    """Take a compact child's state out of the base optimizer, whose state dict cannot name what is in no param group."""
+    if not isinstance(child, CompactChild):
+        yield
+        return
+    state = child.optimizer.state
+    kept = {s.tensor: state.pop(s.tensor) for s in child.shards.values() if s.tensor in state}
+    try:
+        yield
+    finally:
+        state.update(kept)
+
+
+# ---------------------------------------------------------------- what is read
+
+
+def check_model(child: Child, shapes: Mapping[str, torch.Size], stored: Iterable[str]) -> None:
+    """Raise ChildFileError unless the checkpoint is of this model."""
+    saved = {p.name: p for p in child.manifest.parameters}
+    for name in sorted(saved.keys() ^ shapes.keys()):
+        what = "no such parameter" if name in saved else "one that the checkpoint lacks"
+        raise ChildFileError(
+            f"{child.folder}: expected the model that wrote it, got {what}: {name}. Remedy: build the same model."
+        )
+    for name, shape in shapes.items():
+        if saved[name].shape != tuple(shape):
+            raise ChildFileError(
+                f"{child.folder}: {name}: expected shape {saved[name].shape}, as in the checkpoint, got {tuple(shape)}."
+                " Remedy: build the same model."
+            )
+    wanted = frozenset(stored)
+    for name, entry in saved.items():
+        if entry.stored != (name in wanted):
+            had, has = ("", "not ") if entry.stored else ("not ", "")
+            raise ChildFileError(
+                f"{child.folder}: {name}: expected it {had}to be trainable and masked, as in the checkpoint, got that it is"
+                f" {has}so. Remedy: freeze the same parameters, and use the same include and exclude."
+            )
+
+
+_BINDING = ("mode", "reserve_p", "seed", "include", "exclude", "optimizer_state", "compat", "clip")
+"""Keys of the config that say which child it is, and how it trains."""
+
+
+def check_config(child: Child, config: ChildTuningConfig) -> None:
+    """Raise ValueError when the config asks for another child than the checkpoint's."""
+    saved, asked = child.manifest.config, json.loads(config.model_dump_json())
+    for key in _BINDING:
+        if saved.get(key) != asked[key]:
+            raise ValueError(
+                f"child_tuning.{key}: expected {saved.get(key)!r}, as in the checkpoint {child.folder.parent}, got"
+                f" {asked[key]!r}. Remedy: set it back; or, for another child on these weights, load them with"
+                " load_module_only=True and select again."
+            )
+
+
+def read_masks(child: Child, shards: Sequence[FlatShard]) -> list[Tensor]:
+    """bool 1-D, one for each flat shard: True = inside the child, or not eligible. Raises ChildFileError."""
+    masks = [torch.ones(s.numel, dtype=torch.bool, device=s.tensor.device) for s in shards]
+    for shard, mask in zip(shards, masks, strict=True):
+        for fragment in shard.eligible:
+            fragment.of(mask).copy_(child.read(fragment.name, fragment.param_start, fragment.numel).mask())
+    return masks
+
+
+def read_compact(child: Child, compact: CompactChild) -> None:
+    """The child's fp32 weights and the base optimizer's state, into child shards. Raises ChildFileError."""
+    for shard in compact.shards.values():
+        state: dict[str, Any] = {}
+        for fragment in shard.flat.fragments:
+            piece = child.read(fragment.name, fragment.param_start, fragment.numel)
+            first, last = shard.span(fragment.shard_start, fragment.numel)
+            shard.tensor.detach()[first:last].copy_(_stored(child, piece, _MASTER))
+            if _STEPPED not in piece.numbers:
+                continue
+            for key in (k.removeprefix(_STATE) for k in piece.tensors if k.startswith(_STATE)):
+                values = _stored(child, piece, _STATE + key)
+                if key not in state:
+                    state[key] = torch.zeros(shard.tensor.shape, dtype=values.dtype, device=shard.tensor.device)
+                state[key][first:last].copy_(values)
+            for name, number in piece.numbers.items():
+                if name == _STEPPED:
+                    continue
+                key, _, dtype = name.removeprefix(_STATE).partition(".")
+                state.setdefault(key, torch.tensor(number, dtype=getattr(torch, dtype)) if dtype else number)
+        # At depth wrap the flat shard has the last word, and may have come from 16-bit weights of a deep child.
+        shard.scatter()
+        if state:
+            compact.optimizer.state[shard.tensor] = state
+
+
+def _stored(child: Child, piece: Piece, name: str) -> Tensor:
+    if name not in piece.tensors:
+        raise ChildFileError(
+            f"{child.folder}: {piece.parameter}: expected the tensor {name!r}, got {sorted(piece.tensors)}."
+            " Remedy: use a checkpoint that was saved with compact state."
+        )
+    return piece.tensors[name]

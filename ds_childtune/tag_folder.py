@@ -1,0 +1,105 @@
+"""The folder of one checkpoint, `save_dir/tag`: there whole, or not there.
+
+[Note: a tag appears whole]
+Everything is written into the sibling `.tag.partial`. When every rank has put its files on disk, one rename gives the folder its name,
+and `latest` is replaced after that, atomically too. So whatever is killed, and whenever: `latest` names a whole checkpoint, and a
+folder that lacks its manifest is never taken for one. Where a tag is written again, the old folder steps aside to `.tag.old` for the
+length of two renames; `recover` undoes the first if the second never came.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+
+from ds_childtune.durable import explained, sync_folder, write_bytes
+
+LATEST = "latest"
+CHILD = "child"
+"""The library's own subfolder of a tag."""
+
+
+def checked_tag(tag: object) -> str:
+    """`tag` as DeepSpeed takes it, a string.
+
+    Raises:
+        ValueError: for a tag that is no name of a folder below the checkpoints' folder.
+    """
+    name = str(tag)
+    path = PurePath(name)
+    if not path.name or path.is_absolute() or ".." in path.parts:
+        raise ValueError(
+            f"save_checkpoint: expected a tag that names a folder inside save_dir, got {name!r}."
+            ' Remedy: pass for example tag="step100", or leave it to DeepSpeed.'
+        )
+    return name
+
+
+def partial_tag(tag: str) -> str:
+    """The tag under which files are written until they are all there."""
+    path = PurePath(tag)
+    return str(path.with_name(f".{path.name}.partial"))
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def sync_file(path: Path) -> None:
+    """Put a file that another library wrote on disk. Raises RuntimeError, see `durable.new_file`."""
+    with explained(path), path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def prepare(save_dir: Path, tag: str) -> None:
+    """Before a save, on one rank: undo a rename that was cut off, and remove what writers that were killed have left."""
+    recover(save_dir, tag)
+    for place in {save_dir, (save_dir / tag).parent}:
+        for left in place.glob(".*.partial"):
+            shutil.rmtree(left)
+        for left in place.glob(".*.old"):
+            if left.with_name(left.name[1 : -len(".old")]).exists():
+                shutil.rmtree(left)
+
+
+def commit(save_dir: Path, tag: str) -> None:
+    """Give a partial folder its name, on one rank, when every rank's files are on disk."""
+    folder = save_dir / tag
+    if folder.exists():
+        folder.rename(_aside(folder))
+    (save_dir / partial_tag(tag)).rename(folder)
+    sync_folder(folder.parent)
+    if _aside(folder).exists():
+        shutil.rmtree(_aside(folder))
+
+
+def recover(save_dir: Path, tag: str) -> None:
+    """Bring a folder back that stepped aside for a new one that never came."""
+    folder = save_dir / tag
+    if not folder.exists() and _aside(folder).exists():
+        _aside(folder).rename(folder)
+
+
+def discard(save_dir: Path, tag: str) -> None:
+    """Remove a partial folder after an error; as far as the file system lets us."""
+    shutil.rmtree(save_dir / partial_tag(tag), ignore_errors=True)
+
+
+def write_latest(save_dir: Path, tag: str) -> None:
+    """Point `latest` at a tag, atomically."""
+    write_bytes(save_dir / LATEST, tag.encode())
+
+
+def read_latest(load_dir: Path) -> str | None:
+    """The tag that `latest` names."""
+    path = load_dir / LATEST
+    return path.read_text().strip() if path.is_file() else None
+
+
+def tags(load_dir: Path) -> Iterator[str]:
+    """The tags with a manifest, newest first."""
+    manifests = load_dir.glob(f"[!.]*/{CHILD}/child.json")
+    for manifest in sorted(manifests, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        yield manifest.parents[1].name

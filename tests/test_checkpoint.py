@@ -1,0 +1,110 @@
+"""Checkpoints carry the child: N steps, stop, load and N more are 2 N steps, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ds_childtune
+from tests.distributed import RankPool
+from tests.engines import Setup, Weights, engine_of, master_weights, model_weights, train_step
+from tests.models import batches, deal
+from tests.reference import distance
+from tests.test_bitwise import counters, equal_bits, random_states
+
+P, N = 0.3, 3
+F = {"mode": "ChildTuning-F", "reserve_p": P, "seed": 5}
+D = {"mode": "ChildTuning-D", "reserve_p": P}
+BLOCKS: dict[str, dict[str, Any]] = {"F": F, "D": D, "D-compact": {**D, "optimizer_state": "compact"}}
+
+BASE = Setup("gpt2", accumulation=2, clip=0.5, dropout=0.2, schedule=True, sub_group_size=700)
+
+
+@dataclass(frozen=True)
+class End:
+    """What a run has come to."""
+
+    start: Weights
+    masters: Weights
+    forward: Weights
+    masks: Weights
+    counters: dict[str, Any]
+    random: Any
+    step: int
+
+
+def share(setup: Setup, seed: int, count: int) -> list[Any]:
+    return deal(batches(setup.family, count, seed=seed), dist.get_rank(), dist.get_world_size())
+
+
+def train(engine: Any, setup: Setup, first: int, last: int) -> None:
+    for step in range(first, last):
+        train_step(engine, share(setup, step, setup.accumulation * dist.get_world_size()))
+
+
+def end_of(engine: Any, child: Any, start: Weights) -> End:
+    masks = {p.name: child.gather_mask(p.name) for p in child.report().parameters}
+    drawn = random_states()
+    return End(start, master_weights(engine), model_weights(engine), masks, counters(engine), drawn, child.step)
+
+
+def whole(setup: Setup, block: dict[str, Any], folder: str) -> End:
+    """2 N steps, with a checkpoint in the middle."""
+    torch.manual_seed(dist.get_rank())
+    with engine_of(setup) as engine:
+        start = master_weights(engine)
+        train(engine, setup, 0, 1)  # moments outside the child, which must not come back
+        child = ds_childtune.attach(engine, block)
+        if child.config.mode == "ChildTuning-D":
+            child.select(share(setup, 1000, 4))
+        train(engine, setup, 1, N)
+        engine.save_checkpoint(folder, client_state={"note": 7})
+        train(engine, setup, N, 2 * N)
+        return end_of(engine, child, start)
+
+
+def resumed(setup: Setup, block: dict[str, Any], folder: str) -> End:
+    """The last N of them, in a new engine whose generators are elsewhere."""
+    torch.manual_seed(99)
+    with engine_of(setup) as engine:
+        start = master_weights(engine)
+        child = ds_childtune.attach(engine, block)
+        path, client_state = engine.load_checkpoint(folder)
+        assert path is not None
+        assert client_state["note"] == 7
+        train(engine, setup, N, 2 * N)
+        return end_of(engine, child, start)
+
+
+DEEP = replace(BASE, stage=3, clip=0.0)
+"""Where a compact child's own shards replace DeepSpeed's."""
+SETUPS = {
+    **{f"zero{s}": replace(BASE, stage=s) for s in range(4)},
+    **{f"zero{s}-bf16": replace(BASE, stage=s, bf16=True) for s in range(4)},
+    "zero3-deep": DEEP,
+    "zero3-deep-bf16": replace(DEEP, bf16=True),
+}
+CELLS = [(name, mode) for name in SETUPS for mode in BLOCKS if "deep" not in name or mode == "D-compact"]
+
+
+@pytest.mark.parametrize(("name", "mode"), CELLS)
+def test_a_resumed_run_is_the_uninterrupted_one(pool: RankPool, name: str, mode: str, tmp_path: Any) -> None:
+    expected = pool[2].run(whole, SETUPS[name], BLOCKS[mode], str(tmp_path))
+    got = pool[2].run(resumed, SETUPS[name], BLOCKS[mode], str(tmp_path))
+    for a, b in zip(expected, got, strict=True):
+        check_equal(a, b)
+        assert a.random == b.random
+
+
+def check_equal(a: End, b: End) -> None:
+    assert distance(a.masters, a.start) > 0.1, "vacuous: nothing moved"
+    assert equal_bits(a.masters, b.masters)
+    assert equal_bits(a.forward, b.forward)
+    assert equal_bits(a.masks, b.masks)
+    # DeepSpeed counts micro-steps from the load on.
+    assert a.counters | {"micro_steps": 0} == b.counters | {"micro_steps": 0}
+    assert a.step == b.step
