@@ -8,7 +8,7 @@ refused by name where it would be lost. Reads DeepSpeed's attributes, as `_zero.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -16,27 +16,30 @@ from torch import Tensor
 from ds_childtune.child_shards import ChildShard, CompactChild, per_element, put_
 
 
-def redirect(engine: Any, child: CompactChild) -> Callable[[], None]:
-    """Answer from `child`. Returns what takes that back; call it once the child is released."""
-    if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
-        return _ZeroThree(engine.optimizer, child).take_back
+class Reads(Protocol):
+    def remove(self) -> None:
+        """DeepSpeed answers by itself again. Call it once the child is released."""
+
+
+def redirect(engine: Any, child: CompactChild) -> Reads | None:
+    """Answer from `child` from here on; None where nobody reads (ZeRO 0)."""
     optimizer = engine.optimizer
-    for name, groups in (
-        ("single_partition_of_fp32_groups", "bit16_groups"),
-        ("fp32_groups_flat_partition", "bf16_groups"),
-    ):
-        if hasattr(optimizer, name):
-            flats, params = getattr(optimizer, name), getattr(optimizer, groups)
-            return _Mapped(child, [(f, p) for f, group in zip(flats, params, strict=True) for p in group]).take_back
-    return lambda: None
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return _ZeroThree(optimizer, child)
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return _Mapped(child, optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups)
+    if hasattr(optimizer, "fp32_groups_flat_partition"):
+        return _Mapped(child, optimizer.fp32_groups_flat_partition, optimizer.bf16_groups)
+    return None
 
 
 class _Mapped:
     """What the parameters of ZeRO 1 and 2 know about their fragment of the optimizer's state."""
 
-    def __init__(self, child: CompactChild, flats_and_params: list[tuple[Tensor, Any]]) -> None:
+    def __init__(self, child: CompactChild, flats: Any, groups: Any) -> None:
         self._child = child
-        self._mapped = [(flat, param) for flat, param in flats_and_params if param._hp_mapping is not None]
+        pairs = [(flat, param) for flat, group in zip(flats, groups, strict=True) for param in group]
+        self._mapped = [(flat, param) for flat, param in pairs if param._hp_mapping is not None]
         self._set = [param.set_full_hp_param for _, param in self._mapped]
         for flat, param in self._mapped:
             # Views of dense moments, which would keep them alive.
@@ -44,7 +47,7 @@ class _Mapped:
             param._hp_mapping.get_optim_state_fragment = self._reader(child.shards[flat], param._hp_mapping)
             param.set_full_hp_param = _setting_weights_alone(param.set_full_hp_param)
 
-    def take_back(self) -> None:
+    def remove(self) -> None:
         for (flat, param), method in zip(self._mapped, self._set, strict=True):
             del param._hp_mapping.get_optim_state_fragment
             param.set_full_hp_param = method
@@ -90,7 +93,7 @@ class _ZeroThree:
             setattr(optimizer, name, method)
         self._names = tuple(methods)
 
-    def take_back(self) -> None:
+    def remove(self) -> None:
         for name in self._names:
             delattr(self._optimizer, name)
 

@@ -222,6 +222,14 @@ class CompactChild:
             return None
         return child.at(index, child.tensor.grad, torch.zeros(index.shape, device=index.device))
 
+    def mask_gradient_(self, shard: FlatShard, gradient: Tensor, start: int) -> None:
+        """Zero in place what is outside the child; `gradient` is 1-D and lies at `start` of the flat shard."""
+        child = self.shards[shard.tensor]
+        first, last = child.span(start, gradient.numel())
+        places = child.index[first:last] - start
+        inside = gradient.index_select(0, places)
+        put_(gradient.zero_(), places, inside)
+
     def mask(self, tensor: Tensor, fragment: Fragment) -> Tensor:
         """bool [fragment.numel]: True = trained."""
         shard = self.shards[tensor]

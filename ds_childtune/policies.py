@@ -131,6 +131,12 @@ class DenseChild:
         grad = shard.flat_grad()
         return None if grad is None else grad[index]
 
+    def mask_gradient_(self, shard: FlatShard, gradient: Tensor, start: int) -> None:
+        """Zero in place what is outside the child; `gradient` is 1-D and lies at `start` of the flat shard."""
+        frozen = self._frozen[shard.tensor]
+        if frozen is not None:
+            gradient.masked_fill_(frozen.narrow(0, start, gradient.numel()), 0.0)
+
     def mask(self, tensor: Tensor, fragment: Fragment) -> Tensor:
         """bool [fragment.numel]: True = trained."""
         frozen = self._frozen[tensor]

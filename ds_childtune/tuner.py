@@ -16,7 +16,7 @@ from deepspeed.utils import log_dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ds_childtune import _zero, _zero_deep, _zero_reads
+from ds_childtune import _zero, _zero_clip, _zero_deep, _zero_reads
 from ds_childtune._calibration import LossFunction, default_loss, estimate_fisher
 from ds_childtune._ranks import check_same, device, gather_objects, raising_together, sum_over_ranks
 from ds_childtune.checkpoint import Checkpoints, ChildState, Resumed
@@ -58,14 +58,8 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
         parameters = _zero.read_parameters(engine)
         eligible = eligible_names(engine.module, tuple(parameters.by_name), parsed)
         shards = mark_eligible(_zero.read_flat_shards(engine, parameters), eligible)
-        against = (
-            "the masks act after the norm" if parsed.optimizer_state == "dense" else _zero_deep.reason_against(engine)
-        )
-        if parsed.clip == "child" and against is not None:
-            raise NotImplementedError(
-                f'ds_childtune does not support child_tuning.clip "child" here: {against}. Remedy: use ZeRO-3 without offload and'
-                ' optimizer_state "compact", or remove clip.'
-            )
+        if parsed.clip == "child":
+            _zero_clip.refuse_unsupported(engine)
         if parsed.mode == "ChildTuning-D" and parsed.compat is None and parsed.optimizer_state == "dense":
             for group in _zero.base_optimizer(engine).param_groups:
                 decay_style(_zero.base_optimizer(engine), group)
@@ -116,8 +110,8 @@ class ChildTuner:
         self._self_check: SelfCheck | None = None
         self._report: Report | None = None
         self._policy: TaskFreeChild | DenseChild | CompactChild | None = None
-        self._take_back_reads: Callable[[], None] = lambda: None
-        """Undo what `_zero_reads` has redirected to a compact child."""
+        self._norm: _zero_clip.NormOfChild | None = None
+        self._reads: _zero_reads.Reads | None = None
         if config.mode == "ChildTuning-F":
             self._policy = TaskFreeChild(shards, seed=config.seed, reserve_p=config.reserve_p)
         base = _zero.base_optimizer(engine)
@@ -147,7 +141,10 @@ class ChildTuner:
             ValueError, RuntimeError: on every rank; see `select`.
         """
         self._check_attached()
-        with self._policy.suspended() if isinstance(self._policy, CompactChild) else nullcontext():
+        with (
+            self._policy.suspended() if isinstance(self._policy, CompactChild) else nullcontext(),
+            self._norm.suspended() if self._norm is not None else nullcontext(),
+        ):
             return estimate_fisher(
                 self.engine,
                 self._parameters,
@@ -252,16 +249,27 @@ class ChildTuner:
     def _fixed_child(self, masks: Iterable[Tensor]) -> DenseChild | CompactChild:
         """The child that trains from here on. Elements that stay keep their state."""
         base = _zero.base_optimizer(self.engine)
+        self._take_back_overrides()
+        child: DenseChild | CompactChild
         if self.config.optimizer_state == "compact":
             depth = _zero_deep.Depth.of(self.engine, self.config.clip)
             log_dist(f'optimizer_state "compact" is at depth {depth.reason}', ranks=[0])
             previous = self._policy if isinstance(self._policy, CompactChild) else None
-            self._take_back_reads()
             child = CompactChild.of(self._shards, masks, base, depth.plumbing, previous)
             self._shard_of = child.shard_of()
-            self._take_back_reads = _zero_reads.redirect(self.engine, child)
-            return child
-        return DenseChild(self._shards, masks, base, decay_outside=self.config.compat == "original")
+            self._reads = _zero_reads.redirect(self.engine, child)
+        else:
+            child = DenseChild(self._shards, masks, base, decay_outside=self.config.compat == "original")
+        if self.config.clip == "child" and not (isinstance(child, CompactChild) and child.depth == "deep"):
+            self._norm = _zero_clip.NormOfChild(self.engine, self._shards, self._parameters.by_name, child)
+        return child
+
+    def _take_back_overrides(self) -> None:
+        """What a fixed child has overridden on the engine, apart from a compact child's own plumbing."""
+        for override in (self._reads, self._norm):
+            if override is not None:
+                override.remove()
+        self._reads = self._norm = None
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -284,8 +292,7 @@ class ChildTuner:
         if to.masks is None:
             if isinstance(self._policy, (DenseChild, CompactChild)):
                 self._policy.release()
-            self._take_back_reads()
-            self._take_back_reads = lambda: None
+            self._take_back_overrides()
             self._shard_of = {s.tensor: s for s in self._shards}
             self._policy = self._self_check = self._report = None
             return None
@@ -491,7 +498,7 @@ class ChildTuner:
             self._check_between_steps("detach")
         if isinstance(self._policy, (DenseChild, CompactChild)):
             self._policy.release()
-        self._take_back_reads()
+        self._take_back_overrides()
         if self.config.optimizer_state == "compact":
             _zero_deep.separate_masters(self.engine)
         for handle in self._handles:

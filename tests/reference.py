@@ -178,6 +178,9 @@ class Child:
     frozen_outside: bool = False
     """Nothing outside the child moves: ChildTuning-D, but not as the original code has it."""
 
+    clip_child: bool = False
+    """The norm that is clipped is that of the masked gradients."""
+
 
 def train(
     model: nn.Module,
@@ -195,7 +198,10 @@ def train(
     weights = {name: w.double() for name, w in weights.items()}
     for t, micro_batches in enumerate(steps):
         load(model, weights)
-        grads = clipped(gradients(model, micro_batches), clip)
+        grads = gradients(model, micro_batches)
+        if child is not None and child.clip_child:
+            grads = {name: g * child.masks[t].get(name, 1) for name, g in grads.items()}
+        grads = clipped(grads, clip)
         for name, w in weights.items():
             mask = child.masks[t].get(name) if child else None
             if child is None or mask is None:

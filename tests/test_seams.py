@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ ENGINE = (
     "basic_optimizer.register_step_post_hook()",
     "basic_optimizer.register_step_pre_hook()",
     "basic_optimizer.state",
+    "clip_fp32_gradients()",
     "checkpoint_engine.is_decoupled()",
     "checkpoint_engine.makedirs()",
     "checkpoint_engine.save()",
@@ -121,6 +123,11 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
             "_global_grad_norm",
             "overflow",
             "torch_autocast_gradscaler",
+            "averaged_gradients",
+            "cpu_offload",
+            "get_param_id()",
+            "grad_position",
+            "scaled_global_norm()",
             "dp_process_group",
             "update_lp_params()",
         ),
@@ -145,6 +152,7 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
             "checkpoint_event_prologue()",
             "checkpoint_event_epilogue()",
             "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
+            "_get_norm_groups()",
             "_unflatten_partitioned_parameters()",
             "averaged_gradients",
             "device",
@@ -155,6 +163,10 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
             "offload_param",
         ),
     ),
+}
+WRAPPERS |= {
+    f"{name}, offload": (replace(WRAPPERS[name][0], offload=True), ("norm_for_param_grads", "grad_position"))
+    for name in ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")
 }
 """By the class of `engine.optimizer`: an engine that has it, and what is read on it."""
 
@@ -197,6 +209,7 @@ def missing_on(root: Any, paths: tuple[str, ...], what: str) -> list[str]:
 def missing_after_a_step(name: str) -> list[str]:
     """Attributes of the engine, of its optimizer, and the layout of fragments."""
     setup, paths = WRAPPERS[name]
+    name = name.partition(",")[0]
     with engine_of(setup) as engine:
         train_step(engine, batches(setup.family, 1))
         optimizer = engine.optimizer
