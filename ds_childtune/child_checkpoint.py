@@ -301,6 +301,8 @@ def read_compact(child: Child, compact: CompactChild) -> None:
                         " Remedy: use another checkpoint, or an undamaged copy."
                     )
                 state.setdefault(key, torch.tensor(number, dtype=DTYPES[dtype]) if dtype else number)
+        # At depth wrap the flat shard has the last word, and may have come from 16-bit weights of a deep child.
+        shard.scatter()
         if state:
             compact.optimizer.state[shard.tensor] = state
 
