@@ -182,7 +182,8 @@ class SavedRun:
         if self.kind == PLAIN:
             return self._file("model", 0)["optimizer"]  # type: ignore[no-any-return]
         places = _PLACES[self.kind]
-        found = self._file(places.file, rank)
+        # Without ZeRO every rank has the same, and the first has written it.
+        found = self._file(places.file, rank if places.file == "optim" else 0)
         for key in places.above:
             found = found[key]
         return found

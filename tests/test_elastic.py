@@ -1,0 +1,127 @@
+"""A checkpoint goes on at another world size and ZeRO stage, with the same child, masks and optimizer state: bit for bit.
+
+The model's gradients are small integers over powers of two, hence the same however they are summed; what remains is elementwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+import ds_childtune
+from tests.distributed import RankPool
+from tests.engines import Setup, Weights, engine_of, master_weights, model_weights, train_step
+from tests.models import batches, deal
+from tests.test_bitwise import equal_bits
+from tests.test_checkpoint import BLOCKS
+
+GLOBAL_BATCH = 4
+"""Micro-batches of a step, over all ranks."""
+STEPS = 2
+"""Of each leg."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a leg runs."""
+
+    world_size: int
+    stage: int
+    sub_group_size: int = 90
+
+
+@dataclass(frozen=True)
+class State:
+    """What a leg ends with."""
+
+    masters: Weights
+    forward: Weights
+    masks: Weights
+    step: int
+    global_steps: int
+    lr: list[float]
+    note: Any
+
+
+def setup_of(place: Place, bf16: bool) -> Setup:
+    accumulation = GLOBAL_BATCH // place.world_size
+    return Setup(
+        "integer",
+        stage=place.stage,
+        bf16=bf16,
+        schedule=True,
+        accumulation=accumulation,
+        sub_group_size=place.sub_group_size,
+        no_decay=("bias",),
+    )
+
+
+def leg(setup: Setup, block: dict[str, Any], first: int, last: int, came: str | None, goes: str | None) -> State:
+    """Train the steps `first` .. `last`, from the checkpoint in `came` or from the start, and leave one in `goes`."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, block)
+        client_state: dict[str, Any] = {}
+        if came is not None:
+            _, client_state = engine.load_checkpoint(came)
+        elif child.config.mode == "ChildTuning-D":
+            child.select(deal(batches("integer", 4, seed=1000), rank, world_size))
+        for step in range(first, last):
+            train_step(engine, deal(batches("integer", GLOBAL_BATCH, seed=step), rank, world_size))
+        if goes is not None:
+            engine.save_checkpoint(goes, client_state={"note": last})
+        masks = {p.name: child.gather_mask(p.name) for p in child.report().parameters}
+        return State(
+            master_weights(engine),
+            model_weights(engine),
+            masks,
+            child.step,
+            engine.global_steps,
+            engine.get_lr(),
+            client_state.get("note"),
+        )
+
+
+PLAIN = Place(2, 2)
+CHAINS = {
+    "1-2-4-1": (Place(1, 3), Place(2, 2), Place(4, 1), Place(1, 3, 500)),
+    "zero0": (Place(2, 0), Place(1, 3), Place(2, 0)),
+    # In bf16, plain DeepSpeed's ZeRO 0 trains to other bits than its other stages.
+    "zero0-alone": (Place(2, 0), Place(1, 0), Place(2, 0)),
+    "sub-groups": (Place(2, 3, 40), Place(2, 3, 10**9), Place(2, 1)),
+}
+CELLS = [
+    *(("1-2-4-1", mode, bf16) for mode in BLOCKS for bf16 in (False, True)),
+    *(("zero0", mode, False) for mode in ("D", "D-compact")),
+    *(("zero0-alone", mode, True) for mode in ("D", "D-compact")),
+    ("sub-groups", "F", False),
+    ("sub-groups", "D-compact", True),
+]
+
+
+@pytest.mark.parametrize(("chain", "mode", "bf16"), CELLS)
+def test_a_run_moves_between_world_sizes_and_stages(
+    pool: RankPool, chain: str, mode: str, bf16: bool, tmp_path: Path
+) -> None:
+    places = CHAINS[chain]
+    ends = [STEPS * (i + 1) for i in range(len(places))]
+    plain = setup_of(places[0] if chain == "zero0-alone" else PLAIN, bf16)
+    expected = pool[2].run(leg, plain, BLOCKS[mode], 0, ends[-1], None, None)[0]
+    state = None
+    for i, (place, end) in enumerate(zip(places, ends, strict=True)):
+        came = str(tmp_path / str(i - 1)) if i else None
+        setup = setup_of(place, bf16)
+        states = pool[place.world_size].run(leg, setup, BLOCKS[mode], end - STEPS, end, came, str(tmp_path / str(i)))
+        assert all(equal_bits(states[0].forward, s.forward) for s in states)
+        state = states[0]
+    assert state is not None
+    assert any(expected.masters[n].abs().max() > 0 for n in expected.masters), "vacuous: nothing moved"
+    assert equal_bits(state.masks, expected.masks)
+    assert equal_bits(state.masters, expected.masters)
+    assert equal_bits(state.forward, expected.forward)
+    assert (state.step, state.global_steps, state.lr) == (expected.step, expected.global_steps, expected.lr)
+    assert state.note == ends[-2]
