@@ -24,7 +24,7 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from ds_childtune.child_format import ChildFileError, FileEntry, ParameterEntry, Piece, parsed
+from ds_childtune.child_format import DTYPES, ChildFileError, FileEntry, ParameterEntry, Piece, parsed
 from ds_childtune.child_reader import Child
 from ds_childtune.child_shards import ChildShard, CompactChild, per_element
 from ds_childtune.config import ChildTuningConfig
@@ -261,7 +261,7 @@ def check_config(child: Child, config: ChildTuningConfig) -> None:
     for key in _BINDING:
         if saved.get(key) != asked[key]:
             raise ValueError(
-                f"child_tuning.{key}: expected {saved.get(key)!r}, as in the checkpoint {child.folder.parent}, got"
+                f"child_tuning.{key}: expected {repr(saved.get(key))[:200]}, as in the checkpoint {child.folder.parent}, got"
                 f" {asked[key]!r}. Remedy: set it back; or, for another child on these weights, load them with"
                 " load_module_only=True and select again."
             )
@@ -295,7 +295,12 @@ def read_compact(child: Child, compact: CompactChild) -> None:
                 if name == _STEPPED:
                     continue
                 key, _, dtype = name.removeprefix(_STATE).partition(".")
-                state.setdefault(key, torch.tensor(number, dtype=getattr(torch, dtype)) if dtype else number)
+                if dtype and dtype not in DTYPES:
+                    raise ChildFileError(
+                        f"{child.folder}: {piece.parameter}: expected a number of a known dtype, got {name[:80]!r}."
+                        " Remedy: use another checkpoint, or an undamaged copy."
+                    )
+                state.setdefault(key, torch.tensor(number, dtype=DTYPES[dtype]) if dtype else number)
         # At depth wrap the flat shard has the last word, and may have come from 16-bit weights of a deep child.
         shard.scatter()
         if state:

@@ -227,7 +227,7 @@ def parsed(kind: type[T], data: bytes | str, where: str) -> T:
         value: T = adapter(cast(Any, kind)).validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        path = ".".join(str(p) for p in first["loc"]) or "json"
+        path = ".".join(str(p) for p in first["loc"])[:120] or "json"
         got = repr(first["input"])
         raise ChildFileError(
             f"{where}: {path}: expected otherwise ({first['msg']}), got {got[:80]}{'...' if len(got) > 80 else ''}."

@@ -10,6 +10,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from ds_childtune.child_format import ChildFileError
+
 _DEVICE = "device"
 
 
@@ -37,7 +39,21 @@ def read_random_states() -> dict[str, Tensor]:
 
 
 def write_random_states(states: dict[str, Tensor]) -> None:
-    """Put back what `read_random_states` gave; a device's state only on a machine that has such a device."""
+    """Put back what `read_random_states` gave; a device's state only on a machine that has such a device.
+
+    Raises:
+        ChildFileError: for what no generator gave.
+    """
+    try:
+        _write(states)
+    except (KeyError, IndexError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise ChildFileError(
+            f"random states: expected those of torch, numpy and python, got {type(error).__name__}: {str(error)[:200]}."
+            " Remedy: use another checkpoint, or an undamaged copy."
+        ) from error
+
+
+def _write(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states["torch"])
     *words, position, has_gauss = states["numpy"].tolist()
     np.random.set_state(

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ds_childtune.child_format import ChildFileError, FileEntry, parsed
+from ds_childtune.child_format import MAX_NUMEL, ChildFileError, FileEntry, parsed
 from ds_childtune.durable import checksum, new_file
 from ds_childtune.layout import SavedShard
 
@@ -40,7 +40,19 @@ def read_layout(path: Path) -> tuple[SavedShard, ...]:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from None
-    return parsed(tuple[SavedShard, ...], metadata.get(_SHARDS, ""), str(path))
+    shards = parsed(tuple[SavedShard, ...], metadata.get(_SHARDS, ""), str(path))
+    for shard in shards:
+        # Later reads slice DeepSpeed's tensors by these numbers.
+        inside = all(
+            min(f.param_start, f.shard_start, f.numel) >= 0 and f.shard_start + f.numel <= shard.numel
+            for f in shard.fragments
+        )
+        if min(shard.rank, shard.index, shard.state_index, shard.numel) < 0 or shard.numel > MAX_NUMEL or not inside:
+            raise ChildFileError(
+                f"{path}: expected fragments inside flat shards, got {str(shard)[:200]}."
+                " Remedy: use another checkpoint, or an undamaged copy."
+            )
+    return shards
 
 
 def read_states(path: Path) -> dict[str, Tensor]:

@@ -7,13 +7,17 @@ import json
 import random
 import struct
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 Files = dict[str, bytes]
-"""A folder's files, by name."""
+"""A folder's files, by path."""
 
-MANIFEST = "child.json"
+
+def manifest_of(files: Files) -> str:
+    """The path of the manifest, or where it would be."""
+    return next((name for name in files if name.endswith("child.json")), "child.json")
+
 
 NASTY: tuple[Any, ...] = (
     None,
@@ -134,34 +138,37 @@ def _header(files: Files, rng: random.Random) -> None:
 
 
 def _pieces(files: Files, rng: random.Random) -> None:
-    """What the library says about them."""
+    """What the library says about them, in a text of json inside json."""
     name = _shard(files, rng)
     if name and (parts := _split(files[name])):
         header, body = parts
         try:
-            pieces = json.loads(header["__metadata__"]["pieces"])
+            key = rng.choice(sorted(header["__metadata__"]))
+            pieces = json.loads(header["__metadata__"][key])
             _edit(pieces, rng)
-            header["__metadata__"]["pieces"] = json.dumps(pieces)
-        except (KeyError, TypeError, ValueError):
+            header["__metadata__"][key] = json.dumps(pieces)
+        except (KeyError, IndexError, TypeError, ValueError):
             return
         files[name] = _joined(header, body)
         _sign(files)
 
 
 def _manifest(files: Files, rng: random.Random) -> None:
+    name = manifest_of(files)
     try:
-        manifest = json.loads(files[MANIFEST])
+        manifest = json.loads(files[name])
         _edit(manifest, rng)
-        files[MANIFEST] = json.dumps(manifest).encode()
+        files[name] = json.dumps(manifest).encode()
     except (KeyError, TypeError, ValueError):
         return
 
 
 def _manifest_text(files: Files, rng: random.Random) -> None:
     """json that is no json, or too deep, or has a key twice."""
-    data = files.get(MANIFEST, b"")
+    name = manifest_of(files)
+    data = files.get(name, b"")
     where = rng.randrange(len(data) + 1)
-    files[MANIFEST] = (
+    files[name] = (
         data[:where] + rng.choice((b"[" * 100_000, b"9" * 5000, b"\xff\xfe", b'"', b"NaN", b"}")) + data[where:]
     )
 
@@ -237,25 +244,38 @@ def _joined(header: Any, body: bytes) -> bytes:
 
 
 def _sign(files: Files) -> None:
-    """Sizes and checksums as the shards have them now."""
+    """Sizes and checksums as the files have them now, wherever the manifest lists some."""
+    name = manifest_of(files)
+    by_name = {PurePosixPath(path).name: data for path, data in files.items()}
+
+    def sign(node: Any) -> None:
+        for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+            sign(child)
+        if (
+            isinstance(node, dict)
+            and "blake2b" in node
+            and isinstance(node.get("name"), str)
+            and node["name"] in by_name
+        ):
+            data = by_name[node["name"]]
+            node |= {"bytes": len(data), "blake2b": hashlib.blake2b(data, digest_size=16).hexdigest()}
+
     try:
-        manifest = json.loads(files[MANIFEST])
-        for entry in manifest["files"]:
-            data = files[entry["name"]]
-            entry |= {"bytes": len(data), "blake2b": hashlib.blake2b(data, digest_size=16).hexdigest()}
-        files[MANIFEST] = json.dumps(manifest).encode()
-    except (KeyError, TypeError, ValueError, RecursionError):
+        manifest = json.loads(files[name])
+        sign(manifest)
+        files[name] = json.dumps(manifest).encode()
+    except (KeyError, ValueError, RecursionError):
         return
 
 
 def read_files(folder: Path) -> Files:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def write_files(folder: Path, files: Files) -> None:
     """Exactly these files. Most of them are there already, and reading is faster than writing."""
-    for path in folder.iterdir():
-        if path.name not in files:
+    for path in folder.rglob("*"):
+        if path.is_file() and str(path.relative_to(folder)) not in files:
             path.unlink()
     for name, data in files.items():
         path = folder / name

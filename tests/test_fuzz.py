@@ -9,20 +9,28 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ds_childtune import apply_child
+from ds_childtune import child_checkpoint as checkpoint
 from ds_childtune._version import __version__
 from ds_childtune.child_compare import compare
 from ds_childtune.child_export import KIND, ExportInfo, describe, parameter_entries
 from ds_childtune.child_format import ChildFileError, Manifest, Piece
 from ds_childtune.child_reader import open_child
+from ds_childtune.child_shards import CompactChild
 from ds_childtune.child_writer import commit, write_pieces
+from ds_childtune.config import ChildTuningConfig
 from ds_childtune.fingerprint import fingerprint
+from ds_childtune.layout import Layout, SavedShard
+from ds_childtune.random_states import read_random_states, write_random_states
+from ds_childtune.rank_file import read_layout, read_states, write_rank_file
+from ds_childtune.shards import FlatShard, Fragment
 from tests.fuzzing import Files, mutated, read_files, write_files
 
 HEADROOM = 256 << 20
@@ -75,7 +83,81 @@ def read_export(folder: Path) -> None:
     apply_child(Tiny(), folder)
 
 
-READERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {"export": (write_export, read_export)}
+class Run:
+    """One flat shard with the parameters of `Tiny` that train, and a compact child in it."""
+
+    SIZES = {"few": 900, "some": 41, "whole": 15}
+    CONFIG = ChildTuningConfig(mode="ChildTuning-D", reserve_p=0.5, optimizer_state="compact")
+
+    def __init__(self) -> None:
+        fragments, start = [], 0
+        for name, numel in self.SIZES.items():
+            fragments.append(Fragment(name, 0, start, numel, eligible=name != "whole"))
+            start += numel
+        self.shard = FlatShard(nn.Parameter(torch.arange(float(start))), tuple(fragments))
+        self.optimizer = torch.optim.AdamW([self.shard.tensor])
+
+    def child(self, mask: Tensor) -> CompactChild:
+        return CompactChild.of([self.shard], [mask], self.optimizer)
+
+
+def write_checkpoint(folder: Path) -> None:
+    """What one rank would write."""
+    run = Run()
+    run.shard.tensor.grad = torch.ones(run.shard.numel)
+    run.optimizer.step()
+    mask = torch.arange(run.shard.numel) % 3 != 0
+    run.shard.fragments[-1].of(mask).fill_(True)  # dense: inside the child in full
+    child = run.child(mask)
+    own = folder / "child"
+    own.mkdir()
+    (folder / "model.pt").write_bytes(b"DeepSpeed's own, which only DeepSpeed reads")
+    fragments = [(run.shard, fragment) for fragment in run.shard.fragments]
+    file = write_pieces(own, 0, checkpoint.pieces(child, fragments, checkpoint.moment_keys(child)))
+    assert file is not None
+    rank_file = write_rank_file(own, 0, read_random_states(), [SavedShard.of(run.shard, 0, 0, 0)])
+    record = checkpoint.RunRecord(
+        checkpoint.Progress(3, 1),
+        True,
+        1,
+        "AdamW",
+        "float32",
+        (rank_file,),
+        (checkpoint.DeepSpeedFile.of(folder / "model.pt", 0, "model"),),
+    )
+    shapes = {name: torch.Size([numel]) for name, numel in run.SIZES.items()}
+    entries = checkpoint.parameter_entries(shapes, shapes, torch.float32)
+    config = run.CONFIG.model_dump(mode="json")
+    commit(own, Manifest(__version__, checkpoint.KIND, config, entries, (file,), asdict(record)))
+
+
+def read_checkpoint(folder: Path) -> None:
+    """All that is done to the library's own files when a checkpoint is loaded."""
+    run = Run()
+    opened = open_child(folder / "child", kind=checkpoint.KIND)
+    record = checkpoint.RunRecord.of(opened)
+    record.check_files(folder, 0, 1)
+    checkpoint.check_config(opened, run.CONFIG)
+    shapes = {name: torch.Size([numel]) for name, numel in run.SIZES.items()}
+    checkpoint.check_model(opened, shapes, shapes)
+    layout = Layout(shard for file in record.ranks for shard in read_layout(opened.folder / file.name))
+    for fragment in run.shard.fragments:
+        for piece in layout.find(fragment):
+            # The loader takes this of what DeepSpeed has stored.
+            assert 0 <= piece.source_start <= piece.source_start + piece.numel <= piece.source.numel
+    (mask,) = checkpoint.read_masks(opened, [run.shard])
+    checkpoint.read_compact(opened, run.child(mask))
+    before = read_random_states()
+    try:
+        write_random_states(read_states(opened.folder / record.ranks[0].name))
+    finally:
+        write_random_states(before)
+
+
+READERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
+    "export": (write_export, read_export),
+    "checkpoint": (write_checkpoint, read_checkpoint),
+}
 """How a folder is written, and read."""
 
 
