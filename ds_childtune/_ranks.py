@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils.logging import print_dist
 from torch import Tensor
 
 T = TypeVar("T")
@@ -32,6 +33,11 @@ def gather_objects(value: T) -> list[T]:
     values: list[T] = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def tell(text: str) -> None:
+    """Print a line on rank 0. DeepSpeed's logger would swallow it, as it starts at the level of warnings."""
+    print_dist(text, ranks=[0])
 
 
 @contextmanager

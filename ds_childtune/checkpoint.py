@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed import comm as dist
-from deepspeed.utils import log_dist
 from torch import Tensor
 
 from ds_childtune import _zero, _zero_checkpoint, tag_folder
-from ds_childtune._ranks import check_same, gather_objects, raise_together, raising_together
+from ds_childtune._ranks import check_same, gather_objects, raise_together, raising_together, tell
 from ds_childtune._version import __version__
 from ds_childtune.child_checkpoint import (
     KIND,
@@ -271,7 +270,7 @@ class Checkpoints:
         carried = name is not None and (folder / name / tag_folder.CHILD).is_dir()
         if weights_alone or not carried:
             self._check_no_fixed_child(load_dir, weights_alone)
-            log_dist(f"ds_childtune: {load_dir} {name}: loading DeepSpeed's part alone, without a child", ranks=[0])
+            tell(f"ds_childtune: {load_dir} {name}: loading DeepSpeed's part alone, without a child")
             return load_as_deepspeed_does()
 
         assert name is not None

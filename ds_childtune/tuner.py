@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils import log_dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ds_childtune import _zero, _zero_clip, _zero_deep, _zero_reads
 from ds_childtune._calibration import LossFunction, default_loss, estimate_fisher
-from ds_childtune._ranks import check_same, device, gather_objects, raising_together, sum_over_ranks
+from ds_childtune._ranks import check_same, device, gather_objects, raising_together, sum_over_ranks, tell
 from ds_childtune.checkpoint import Checkpoints, ChildState, Resumed
 from ds_childtune.child_checkpoint import Progress
 from ds_childtune.child_export import export_child
@@ -125,7 +124,7 @@ class ChildTuner:
             Checkpoints(engine, config, parameters, eligible, shards, read=self._state, resume=self._resume)
         )
         engine.child_tuner = self
-        log_dist(self._eligibility(), ranks=[0])
+        tell(self._eligibility())
 
     # ---------------------------------------------------------------- ChildTuning-D
 
@@ -202,7 +201,7 @@ class ChildTuner:
             calibration_batches=terms,
             threshold=None if self.config.selector == "lowest_fisher" else cut.threshold / max(terms, 1),
         )
-        log_dist(str(self._report), ranks=[0])
+        tell(str(self._report))
         return self._report
 
     def _scores(self, batches: Iterable[Any] | None, loss_fn: LossFunction | None) -> tuple[list[list[Scores]], int]:
@@ -253,7 +252,7 @@ class ChildTuner:
         child: DenseChild | CompactChild
         if self.config.optimizer_state == "compact":
             depth = _zero_deep.Depth.of(self.engine, self.config.clip)
-            log_dist(f'optimizer_state "compact" is at depth {depth.reason}', ranks=[0])
+            tell(f'optimizer_state "compact" is at depth {depth.reason}')
             previous = self._policy if isinstance(self._policy, CompactChild) else None
             child = CompactChild.of(self._shards, masks, base, depth.plumbing, previous)
             self._shard_of = child.shard_of()

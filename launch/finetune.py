@@ -618,7 +618,6 @@ def run(args: Arguments) -> dict[str, Any]:
             report = child.select(batches)
         else:
             report = child.report()
-        say(str(report))
 
     trained = time.perf_counter()
     train_loss = train(engine, data.train, collate, steps, args)

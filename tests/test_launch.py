@@ -141,6 +141,8 @@ def one_node(folder: Path) -> dict[str, Any]:
     output = launch(folder, *arguments, PATH=path, CXX="/no/compiler", CC="/no/compiler")
     assert "accuracy" in output
     assert "density" in output
+    assert output.count("are eligible (") == 1, "attach reports on rank 0 alone, whatever DeepSpeed's log level"
+    assert output.count("ChildTuning-D: kept") == 1
     return only_result(results)
 
 

@@ -284,7 +284,7 @@ def test_checkpoint_files_have_what_is_read() -> None:
 def test_functions_have_the_parameters_that_are_passed() -> None:
     import deepspeed
     from deepspeed.runtime.engine import DeepSpeedEngine
-    from deepspeed.utils import log_dist
+    from deepspeed.utils.logging import print_dist
 
     expected = {
         DeepSpeedEngine.backward: ["loss", "scale_wrt_gas"],
@@ -293,7 +293,7 @@ def test_functions_have_the_parameters_that_are_passed() -> None:
         deepspeed.comm.all_gather_into_tensor: ["output_tensor", "tensor", "group"],
         deepspeed.comm.all_gather_object: ["object_list", "obj"],
         deepspeed.comm.get_rank: ["group"],
-        log_dist: ["ranks"],
+        print_dist: ["ranks"],
         torch.optim.Optimizer.register_step_pre_hook: ["hook"],
         torch.optim.Optimizer.register_step_post_hook: ["hook"],
     }

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,10 @@ def contender(name: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
         if option == "offload":
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
         return config, None
-    child: dict[str, Any] = {"mode": "ChildTuning-D", "reserve_p": float(option)}
+    child: dict[str, Any] = {"mode": "ChildTuning-D", "reserve_p": float(option), "include": ["*"]}
     if kind.startswith("compact"):
-        child["optimizer_state"] = "compact"
+        # The clip is the child's, as DeepSpeed clips to 1.0 unless told otherwise, and a dense norm would need dense gradients.
+        child |= {"optimizer_state": "compact", "clip": "child"}
     if kind == "compact16":
         # No fp32 master before the child is chosen, and two bytes for a score.
         config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
@@ -222,14 +224,17 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any] | str:
                 command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
             highest, why = 0, ""
-            while process.poll() is None:
-                highest = max(highest, group_bytes(process.pid))
-                if args.limit_gib and highest > args.limit_gib * GIB:
-                    why = f"over {args.limit_gib:g} GiB"
+            try:
+                while process.poll() is None and not why:
+                    highest = max(highest, group_bytes(process.pid))
+                    if args.limit_gib and highest > args.limit_gib * GIB:
+                        why = f"over {args.limit_gib:g} GiB"
+                    time.sleep(0.2)
+            finally:
+                # Whatever ended the wait, an interruption too, leaves no rank behind.
+                with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-                    break
-                time.sleep(0.2)
+                process.wait()
             if out.exists():
                 return json.loads(out.read_text()) | {"highest": highest}
             log.seek(0)
