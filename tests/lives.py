@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,8 @@ import torch
 import torch.distributed as dist
 
 import ds_childtune
-from ds_childtune import _zero
+from ds_childtune import _zero, policies
+from ds_childtune.masks import mask_kernel
 from tests.distributed import _set_environment
 from tests.engines import engine_of, master_weights, model_weights, train_step
 from tests.models import Batch, batches, deal
@@ -195,6 +197,8 @@ def _live(rank: int, job: Job, place: Place, trip: Trip | None, scratch: str) ->
         os.dup2(stderr.fileno(), 2)
         faulthandler.enable()
         gc.freeze()  # what the server has imported stays
+        # Compiling takes longer than a life, and draws the same bits.
+        policies.mask_kernel = partial(mask_kernel, allow_compile=False)  # type: ignore[assignment]
         _set_environment(rank, place.world_size)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         store = dist.FileStore(f"{scratch}/store", place.world_size)
