@@ -27,34 +27,38 @@ def redirect(engine: Any, child: CompactChild) -> Reads | None:
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return _ZeroThree(optimizer, child)
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
-        return _Mapped(child, optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups)
+        return _Mapped(optimizer, child, optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups)
     if hasattr(optimizer, "fp32_groups_flat_partition"):
-        return _Mapped(child, optimizer.fp32_groups_flat_partition, optimizer.bf16_groups)
+        return _Mapped(optimizer, child, optimizer.fp32_groups_flat_partition, optimizer.bf16_groups)
     return None
 
 
 class _Mapped:
     """What the parameters of ZeRO 1 and 2 know about their fragment of the optimizer's state."""
 
-    def __init__(self, child: CompactChild, flats: Any, groups: Any) -> None:
+    def __init__(self, optimizer: Any, child: CompactChild, flats: Any, groups: Any) -> None:
+        self._optimizer = optimizer
         self._child = child
         pairs = [(flat, param) for flat, group in zip(flats, groups, strict=True) for param in group]
-        self._mapped = [(flat, param) for flat, param in pairs if param._hp_mapping is not None]
-        self._set = [param.set_full_hp_param for _, param in self._mapped]
-        for flat, param in self._mapped:
-            # Views of dense moments, which would keep them alive.
-            param._hp_mapping.optim_fragment = {}
-            param._hp_mapping.get_optim_state_fragment = self._reader(child.shards[flat], param._hp_mapping)
-            param.set_full_hp_param = _setting_weights_alone(param.set_full_hp_param)
+        self._mapped = [(flat, param._hp_mapping) for flat, param in pairs if param._hp_mapping is not None]
+        for flat, mapping in self._mapped:
+            mapping.optim_fragment = {}  # what is there are views of dense moments, which would keep them alive
+            mapping.get_optim_state_fragment = self._reader(child.shards[flat], mapping.hp_fragment_address)
+        self._setters = [(param, param.set_full_hp_param) for _, param in pairs]
+        for param, method in self._setters:
+            param.set_full_hp_param = _setting_weights_alone(method)
+        # It drops every `_hp_mapping` and makes new ones from dense state.
+        optimizer.offload_states = _refusing("offload_states")
 
     def remove(self) -> None:
-        for (flat, param), method in zip(self._mapped, self._set, strict=True):
-            del param._hp_mapping.get_optim_state_fragment
+        del self._optimizer.offload_states
+        for param, method in self._setters:
             param.set_full_hp_param = method
-            param._hp_mapping.set_optim_state_fragment(flat, self._child.optimizer.state.get(flat, {}))
+        for flat, mapping in self._mapped:
+            del mapping.get_optim_state_fragment
+            mapping.set_optim_state_fragment(flat, self._child.optimizer.state.get(flat, {}))
 
-    def _reader(self, shard: ChildShard, mapping: Any) -> Callable[[str], Tensor]:
-        address = mapping.hp_fragment_address
+    def _reader(self, shard: ChildShard, address: Any) -> Callable[[str], Tensor]:
         return lambda key: _state(self._child, shard, key, address.start, address.numel)
 
 

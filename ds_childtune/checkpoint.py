@@ -31,6 +31,7 @@ from ds_childtune.child_checkpoint import (
     pieces,
     read_compact,
     read_masks,
+    sealed,
     stored_fragments,
 )
 from ds_childtune.child_format import ChildFileError, FileEntry, Manifest
@@ -216,7 +217,7 @@ class Checkpoints:
             deepspeed=tuple(file for w in everyone for file in w.deepspeed),
         )
         stored = self._stored_names(chosen=state.policy is not None)
-        return Manifest(
+        manifest = Manifest(
             library=__version__,
             kind=KIND,
             config=self._config.model_dump(mode="json"),
@@ -224,6 +225,7 @@ class Checkpoints:
             files=tuple(w.pieces for w in everyone if w.pieces is not None),
             extra=asdict(record),
         )
+        return sealed(manifest)
 
     def _stored_names(self, *, chosen: bool) -> frozenset[str]:
         """Parameters that a checkpoint of this child has pieces of."""
@@ -381,7 +383,7 @@ def _explained(error: Exception, folder: Path) -> RuntimeError:
     """An error of writing DeepSpeed's files, with a remedy."""
     if isinstance(error, OSError):
         try:
-            with explained(Path(error.filename or folder)):
+            with explained(folder):
                 raise error
         except RuntimeError as told:
             return told

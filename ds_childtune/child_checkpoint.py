@@ -13,10 +13,11 @@ See [Note: child files] for the first two.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,16 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from ds_childtune.child_format import DTYPES, ChildFileError, FileEntry, ParameterEntry, Piece, parsed
+from ds_childtune.child_format import (
+    DTYPES,
+    MANIFEST,
+    ChildFileError,
+    FileEntry,
+    Manifest,
+    ParameterEntry,
+    Piece,
+    parsed,
+)
 from ds_childtune.child_reader import Child
 from ds_childtune.child_shards import ChildShard, CompactChild, per_element
 from ds_childtune.config import ChildTuningConfig
@@ -94,10 +104,17 @@ class RunRecord:
     ranks: tuple[FileEntry, ...]
     """One for each rank, in order."""
     deepspeed: tuple[DeepSpeedFile, ...]
+    seal: str = ""
+    """Checksum of the rest of the manifest, see `sealed`."""
 
     @classmethod
     def of(cls, child: Child) -> RunRecord:
-        """Raises ChildFileError when the manifest is not a checkpoint's."""
+        """Raises ChildFileError when the manifest is not a checkpoint's, or has changed."""
+        if child.manifest.extra.get("seal") != sealed(child.manifest).extra["seal"]:
+            raise ChildFileError(
+                f"{child.folder / MANIFEST}: expected the checksum that it was written with, got another: bytes have changed."
+                " Remedy: use another checkpoint, or an undamaged copy."
+            )
         record = parsed(cls, json.dumps(child.manifest.extra), f"{child.folder}: extra")
         if len(record.ranks) != record.world_size:
             raise ChildFileError(
@@ -133,6 +150,13 @@ class RunRecord:
 
 
 # ---------------------------------------------------------------- what is written
+
+
+def sealed(manifest: Manifest) -> Manifest:
+    """With the checksum of all the rest under the key `seal` of `extra`: a flipped bit may leave a number a number."""
+    bare = replace(manifest, extra={key: value for key, value in manifest.extra.items() if key != "seal"})
+    digest = hashlib.blake2b(bare.json(), digest_size=16).hexdigest()
+    return replace(bare, extra={**bare.extra, "seal": digest})
 
 
 def parameter_entries(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,22 @@ class Child:
     places: dict[str, tuple[_Place, ...]]
     """By the name of each stored parameter: in the order of their elements, without gaps or overlaps."""
 
+    @cached_property
+    def parameters(self) -> dict[str, ParameterEntry]:
+        """By name."""
+        return {entry.name: entry for entry in self.manifest.parameters}
+
+    @cached_property
+    def _files(self) -> _OpenFiles:
+        return _OpenFiles()
+
     def parameter(self, name: str) -> ParameterEntry:
         """Raises ChildFileError when the child's model has no such parameter."""
-        for entry in self.manifest.parameters:
-            if entry.name == name:
-                return entry
-        raise ChildFileError(
-            f"{self.folder}: expected a parameter {name!r}, got none. Remedy: use a child of this model."
-        )
+        if name not in self.parameters:
+            raise ChildFileError(
+                f"{self.folder}: expected a parameter {name!r}, got none. Remedy: use a child of this model."
+            )
+        return self.parameters[name]
 
     def read(self, name: str, start: int = 0, numel: int | None = None) -> Piece:
         """The elements [start, start + numel) of a stored parameter, whoever wrote them; by default all.
@@ -94,12 +103,12 @@ class Child:
         own = self.places[name]
         # An empty run takes nothing of the first piece, and so has its tensors' names and dtypes.
         wanted = [p for p in own if p.entry.start < end and p.entry.end > start] or own[:1]
-        return joined(name, start, end - start, [_read(place, start, end) for place in wanted])
+        return joined(name, start, end - start, [_read(self._files, place, start, end) for place in wanted])
 
     def pieces(self, name: str) -> Iterator[Piece]:
         """Every piece of a stored parameter, in order, one at a time. Raises ChildFileError, see `read`."""
         for place in self.places[name]:
-            yield _read(place, place.entry.start, place.entry.end)
+            yield _read(self._files, place, place.entry.start, place.entry.end)
 
     def kept(self, name: str) -> int:
         """Elements of a stored parameter inside the child."""
@@ -282,7 +291,24 @@ def _unique(names: Iterable[str], where: str) -> None:
             raise ChildFileError(f"{where}: expected every name once, got {one[:80]!r} again. {_DAMAGED}")
 
 
-def _read(place: _Place, start: int, end: int) -> Piece:
+class _OpenFiles:
+    """The last few files, as opening one parses its whole header, and neighbours are read one after the other."""
+
+    LIMIT = 8
+
+    def __init__(self) -> None:
+        self._opened: dict[Path, Any] = {}
+
+    def of(self, path: Path) -> Any:
+        """Raises OSError or SafetensorError."""
+        if path not in self._opened:
+            if len(self._opened) == self.LIMIT:
+                del self._opened[next(iter(self._opened))]
+            self._opened[path] = safe_open(path, framework="pt")
+        return self._opened[path]
+
+
+def _read(files: _OpenFiles, place: _Place, start: int, end: int) -> Piece:
     """What a piece has of the parameter's elements [start, end).
 
     Raises:
@@ -291,19 +317,19 @@ def _read(place: _Place, start: int, end: int) -> Piece:
     entry, path = place.entry, place.file
     index: Tensor | None = None
     try:
-        with safe_open(path, framework="pt") as tensors:
-            if entry.mask == "bits":
-                index = _unpacked(tensors.get_tensor(entry.key("mask")), entry.numel)
-            if entry.mask == "index":
-                index = tensors.get_tensor(entry.key("index"))
-            if index is not None and not _is_good(index, entry):
-                raise ChildFileError(
-                    f"{path}: {entry.parameter[:80]}: expected {entry.kept} ascending elements below {entry.numel}, got"
-                    f" {index.numel()} that are not. {_DAMAGED}"
-                )
-            piece = Piece(entry.parameter, entry.start, entry.numel, index, numbers=entry.numbers)
-            first, last = piece.bounds(start, end)
-            values = {name: tensors.get_slice(entry.key(name))[first:last] for name in entry.tensors}
+        tensors = files.of(path)
+        if entry.mask == "bits":
+            index = _unpacked(tensors.get_tensor(entry.key("mask")), entry.numel)
+        if entry.mask == "index":
+            index = tensors.get_tensor(entry.key("index"))
+        if index is not None and not _is_good(index, entry):
+            raise ChildFileError(
+                f"{path}: {entry.parameter[:80]}: expected {entry.kept} ascending elements below {entry.numel}, got"
+                f" {index.numel()} that are not. {_DAMAGED}"
+            )
+        piece = Piece(entry.parameter, entry.start, entry.numel, index, numbers=entry.numbers)
+        first, last = piece.bounds(start, end)
+        values = {name: tensors.get_slice(entry.key(name))[first:last] for name in entry.tensors}
     except (OSError, SafetensorError) as error:
         raise ChildFileError(
             f"{path}: expected the file that was opened, got: {str(error)[:200]}. {_DAMAGED}"

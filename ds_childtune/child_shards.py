@@ -265,7 +265,9 @@ def _carry(optimizer: torch.optim.Optimizer, shard: ChildShard, before: ChildSha
             return value
         index = shard.index.to(value.device)
         if before is None:
-            return value.view(-1).index_select(0, index)
+            inside = value.view(-1).index_select(0, index)
+            # Moments of 16-bit masters are 16-bit; those of the child, whose masters are fp32, are not.
+            return inside.to(shard.tensor.dtype) if value.dtype == source.dtype else inside
         return before.moved(value, index, torch.zeros(index.shape, dtype=value.dtype, device=value.device))
 
     if state:
@@ -278,7 +280,8 @@ def _dense(shard: ChildShard, value: Any) -> Any:
     """An entry of a child shard's state as the flat shard's, zero outside the child."""
     if not per_element(value, shard.tensor):
         return value
-    whole = torch.zeros(shard.flat.numel, dtype=value.dtype, device=value.device)
+    dtype = shard.flat.tensor.dtype if value.dtype == shard.tensor.dtype else value.dtype
+    whole = torch.zeros(shard.flat.numel, dtype=dtype, device=value.device)
     put_(whole, shard.index.to(value.device), value)
     return whole.view(shard.flat.tensor.shape)
 

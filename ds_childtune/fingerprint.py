@@ -5,15 +5,21 @@ Those never move, so a tuned model has the fingerprint of its base model. It is 
     bits(value) * key(index in the parameter)
 
 with odd keys, so any single other value changes it, and shards add theirs up in any order. It notices mistakes, not forgeries.
+A key is the product of one for the place in a tile and one for the tile, so that a tile costs a multiplication and a sum.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
-_TILE = 1 << 16
-"""Elements whose int64 temporaries fit into cache."""
+_TILE = 1 << 15
+"""Elements of a parameter whose int64 temporaries fit into cache. Part of the format."""
+
+_FACTORS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47)
+"""Odd; the constants of splitmix64, as int64 has them."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -30,12 +36,17 @@ def fingerprint(values: Tensor, start: int, inside: Tensor | None) -> int:
         values: 1-D, the parameter's elements from `start` on.
         inside: bool like `values`, True = inside the child, left out; None leaves out nothing.
     """
-    result = 0
-    for first in range(0, values.numel(), _TILE):
-        tile = bits(values[first : first + _TILE]).long()
+    result = first = 0
+    while first < values.numel():
+        tile, offset = divmod(start + first, _TILE)
+        end = min(first + _TILE - offset, values.numel())
+        found = bits(values[first:end])
         if inside is not None:
-            tile = tile.masked_fill(inside[first : first + _TILE], 0)
-        result += int((tile * _keys(start + first, tile)).sum())
+            found = found.masked_fill(inside[first:end], 0)
+        keys = _keys(values.device)[offset : offset + end - first]
+        # Other numbers than `_keys` mixes: the product must tell place 1 of tile 0 from place 0 of tile 1.
+        result += int((found * keys).sum()) * (int(_mixed(torch.tensor(-1 - tile))) | 1)
+        first = end
     return signed(result)
 
 
@@ -49,10 +60,15 @@ def text(number: int) -> str:
     return f"{number % 2**64:016x}"
 
 
-def _keys(start: int, like: Tensor) -> Tensor:
-    """int64: an odd number for each index; the multiplications overflow on purpose."""
-    key = torch.arange(start, start + like.numel(), device=like.device)
-    for factor in (-0x61C8864680B583EB, -0x40A7B892E31B1A47):
-        key = (key + 1) * factor
-        key ^= key >> 29
-    return key | 1
+@cache
+def _keys(device: torch.device) -> Tensor:
+    """int64 [_TILE]: an odd number for each place in a tile."""
+    return (_mixed(torch.arange(_TILE)) | 1).to(device)
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """int64: other numbers, without a pattern; the multiplications overflow on purpose."""
+    for factor in _FACTORS:
+        numbers = (numbers + 1) * factor
+        numbers = numbers ^ (numbers >> 29)
+    return numbers

@@ -195,6 +195,8 @@ def read_ds_config(args: Arguments) -> dict[str, Any]:
     on_cpu = get_accelerator().device_name() == "cpu"
     bf16 = {"auto": False if on_cpu else None, "bf16": True, "fp32": False}[args.precision]
     put(config.setdefault("bf16", {}), "enabled", bf16, default=get_accelerator().is_bf16_supported())
+    if not config["bf16"]["enabled"]:
+        config["bf16"] = {"enabled": False}  # masters in bf16 would be below the model's own precision
     block = child_block(args, config.pop("child_tuning", None))
     return config | ({"child_tuning": block} if block else {})
 

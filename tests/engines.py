@@ -40,6 +40,8 @@ class Setup:
     bf16: bool = False
     fp32_accumulation: bool = False
     """Accumulate 16-bit gradients in fp32; at stage 1 that is another class of DeepSpeed's."""
+    bf16_masters: bool = False
+    """Keep masters and optimizer state in bf16, too."""
     accumulation: int = 1
     clip: float = 0.0
     offload: bool = False
@@ -73,6 +75,8 @@ class Setup:
             "optimizer": {"type": self.optimizer.type, "params": self.optimizer.params},
             "steps_per_print": None,
         }
+        if self.bf16_masters:
+            config["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
         if self.fp32_accumulation:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
         if self.schedule:

@@ -21,6 +21,7 @@ from ds_childtune.child_format import DTYPES, ChildFileError, Manifest, Paramete
 from ds_childtune.child_reader import open_child
 from ds_childtune.child_writer import commit, write_pieces
 from ds_childtune.durable import new_folder
+from ds_childtune.fingerprint import fingerprint, signed
 
 MASKS = st.lists(st.booleans(), min_size=1, max_size=70) | st.tuples(st.booleans(), st.integers(1, 70)).map(
     lambda t: [t[0]] * t[1]
@@ -97,14 +98,20 @@ def test_others_can_read_the_files(tmp_path: Path) -> None:
 def test_writing_again_replaces_the_child_in_one_instant(tmp_path: Path) -> None:
     write(tmp_path, {"w": torch.arange(9) % 2 == 0}, [4], torch.float32)
     before = sorted(p.name for p in tmp_path.iterdir())
-    # Killed between its pieces and the manifest: the first child is still there.
+    # Killed between its pieces and the manifest, and another in the middle of its pieces: the first child is still there.
     write_pieces(tmp_path, 0, [Piece.of("w", 0, torch.ones(9).bool())])
+    (tmp_path / ".child-00007.safetensors.tmp").mkdir()
+    (tmp_path / ".child-00007.safetensors.tmp" / "half").write_bytes(b"half a file")
+    (tmp_path / "a file of mine.txt").write_text("stays")
     assert open_child(tmp_path).kept("w") == 5
     write(tmp_path, {"w": torch.arange(9) % 3 == 0}, [4], torch.float32)
     assert open_child(tmp_path).kept("w") == 3
     after = sorted(p.name for p in tmp_path.iterdir())
-    assert len(after) == len(before) == 3
-    assert after != before
+    assert len(after) == len(before) + 1 == 4
+    assert "a file of mine.txt" in after
+    assert not {name for name in before if name != "child.json"} & set(after)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1, "others may read all files or none"
 
 
 def test_a_file_of_another_machine_is_missed_before_the_manifest(tmp_path: Path) -> None:
@@ -143,3 +150,33 @@ def test_a_folder_that_is_no_child(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(ChildFileError, match=r"expected a child's folder with a readable child\.json"):
             open_child(folder)
+
+
+# ---------------------------------------------------------------- the fingerprint
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool])
+def test_shards_add_up_to_one_fingerprint(dtype: torch.dtype) -> None:
+    """Over tiles and cuts anywhere; 100,000 elements are four tiles."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(100_000, generator=generator).to(dtype)
+    inside = torch.rand(100_000, generator=generator) < 0.5
+    whole = fingerprint(values, 0, inside)
+    cuts = [0, 1, 32_768, 32_769, 77_777, 100_000]
+    shares = [fingerprint(values[a:b], a, inside[a:b]) for a, b in pairwise(cuts)]
+    assert signed(sum(shares)) == whole
+    everything = fingerprint(values, 0, None)
+    assert signed(everything - fingerprint(values, 0, ~inside)) == whole != everything
+
+
+def test_a_fingerprint_sees_every_bit_and_every_place() -> None:
+    values = torch.zeros(40_000)
+    seen = {fingerprint(values, 0, None)}
+    for place in (0, 1, 32_767, 32_768, 39_999):
+        for bit in (0, 22, 31):
+            other = values.clone()
+            other.view(torch.int32)[place] ^= -(2**31) if bit == 31 else 1 << bit
+            seen.add(fingerprint(other, 0, None))
+    assert len(seen) == 16
+    inside = torch.ones(40_000, dtype=torch.bool)
+    assert fingerprint(torch.full((40_000,), torch.nan), 0, inside) == 0

@@ -50,7 +50,7 @@ def share(setup: Setup, seed: int, count: int) -> list[Any]:
     return deal(batches(setup.family, count, seed=seed), dist.get_rank(), dist.get_world_size())
 
 
-def run(setup: Setup, optimizer_state: str, end: str, past: bool = True) -> Run:
+def run(setup: Setup, optimizer_state: str, end: str, past: bool = True, clip: str | None = None) -> Run:
     """Train dense (where there is a past), then a child, then `end`: another child ("reselect"), or plain DeepSpeed ("detach")."""
     torch.manual_seed(0)
     with engine_of(setup) as engine:
@@ -63,7 +63,7 @@ def run(setup: Setup, optimizer_state: str, end: str, past: bool = True) -> Run:
 
         if past:
             train()  # moments that the child takes over
-        block = {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": optimizer_state}
+        block = {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": optimizer_state, "clip": clip}
         child = ds_childtune.attach(engine, block)
         start = master_weights(engine)
         report = child.select(share(setup, 1000, 4))
@@ -182,3 +182,55 @@ def test_moments_exist_for_the_child_alone(pool: RankPool, name: str) -> None:
         assert result.flat_state == 0
     for result in pool[2].run(run, CASES[name], "dense", "reselect"):
         assert result.state_numel > moments * result.child_numel, "vacuous"
+
+
+@pytest.mark.parametrize(("depth", "clip"), [("deep", None), ("wrap", "dense")])
+def test_low_precision_masters_lose_nothing(pool: RankPool, depth: str, clip: str | None) -> None:
+    """The child keeps fp32 masters of its own, across selections too, and outside it a 16-bit weight is all there is."""
+    setup = DEEP["bf16-zero-init"]
+    fp32 = pool[2].run(run, setup, "compact", "reselect", past=False, clip=clip)
+    bf16 = pool[2].run(run, replace(setup, bf16_masters=True), "compact", "reselect", past=False, clip=clip)
+    for a, b in zip(fp32, bf16, strict=True):
+        assert (a.depth, b.depth) == (depth, depth)
+        for expected, got in zip(a.forward, b.forward, strict=True):
+            assert all(torch.equal(expected[n], got[n]) for n in expected)
+        assert any((a.middle[n] != b.middle[n]).any() for n in a.middle), "vacuous: nothing was rounded"
+        assert b.state_numel == a.state_numel
+
+
+def aliases(setup: Setup) -> list[list[bool]]:
+    """Whether each flat shard lies where its parameters do: plain, attached, with a child, training, detached, training."""
+    with engine_of(setup) as engine:
+        seen: list[list[bool]] = []
+
+        def note() -> None:
+            optimizer = engine.optimizer
+            pairs = zip(flats, optimizer.fp16_partitioned_groups_flat, strict=True)
+            seen.append([flat.data_ptr() == lp.data_ptr() and flat.dtype == lp.dtype for flat, lp in pairs])
+
+        flats = list(engine.optimizer.fp32_partitioned_groups_flat)
+        train_step(engine, share(setup, 2, 4))
+        note()
+        child = ds_childtune.attach(engine, {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": "compact"})
+        note()
+        child.select(share(setup, 1000, 4))
+        note()
+        train_step(engine, share(setup, 0, 4))
+        note()
+        child.detach()
+        note()
+        assert all(a is b for a, b in zip(flats, engine.optimizer.fp32_partitioned_groups_flat, strict=True))
+        train_step(engine, share(setup, 1, 4))
+        note()
+    return seen
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "bf16-masters"])
+def test_a_deep_child_keeps_no_second_copy_of_the_parameters(pool: RankPool, name: str) -> None:
+    setup = replace(DEEP["sub-groups"], bf16=name != "fp32", bf16_masters=name == "bf16-masters")
+    for plain, attached, chosen, trained, detached, after in pool[2].run(aliases, setup):
+        assert len(plain) > 2
+        assert all(chosen)
+        assert all(trained)
+        assert all(attached) == (name != "bf16")
+        assert not any([*plain, *detached, *after])
