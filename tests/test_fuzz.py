@@ -31,6 +31,7 @@ from ds_childtune.layout import Layout, SavedShard
 from ds_childtune.random_states import read_random_states, write_random_states
 from ds_childtune.rank_file import read_layout, read_states, write_rank_file
 from ds_childtune.shards import FlatShard, Fragment
+from ds_childtune.tag_folder import read_latest, write_latest
 from tests.fuzzing import Files, mutated, read_files, write_files
 
 HEADROOM = 256 << 20
@@ -111,6 +112,7 @@ def write_checkpoint(folder: Path) -> None:
     child = run.child(mask)
     own = folder / "child"
     own.mkdir()
+    write_latest(folder, "child")
     (folder / "model.pt").write_bytes(b"DeepSpeed's own, which only DeepSpeed reads")
     fragments = [(run.shard, fragment) for fragment in run.shard.fragments]
     file = write_pieces(own, 0, checkpoint.pieces(child, fragments, checkpoint.moment_keys(child)))
@@ -134,6 +136,7 @@ def write_checkpoint(folder: Path) -> None:
 def read_checkpoint(folder: Path) -> None:
     """All that is done to the library's own files when a checkpoint is loaded."""
     run = Run()
+    read_latest(folder)
     opened = open_child(folder / "child", kind=checkpoint.KIND)
     record = checkpoint.RunRecord.of(opened)
     record.check_files(folder, 0, 1)

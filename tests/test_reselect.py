@@ -1,0 +1,147 @@
+"""`select` again in the middle of training, against an oracle written by hand: elements that stay keep their state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_optimizer_state
+
+import ds_childtune
+from tests import reference
+from tests.distributed import RankPool
+from tests.engines import Optimizer, Setup, Weights, engine_of, master_weights, train_step
+from tests.models import batches, build, deal
+
+P, STEPS = 0.3, 3
+ADAM = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
+BASE = Setup("llama", accumulation=2, optimizer=Optimizer("AdamW", {**ADAM, "torch_adam": True}))
+SETUPS = {
+    "wrap-zero1": replace(BASE, stage=1),
+    "wrap-zero2-offload": replace(BASE, stage=2, offload=True),
+    "wrap-zero3": replace(BASE, stage=3, clip=100.0, sub_group_size=300),  # it clips nothing
+    "deep-zero3": replace(BASE, stage=3, sub_group_size=300),
+    "deep-zero3-bf16": replace(BASE, stage=3, bf16=True, sub_group_size=300),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    depth: str
+    weights: list[Weights]
+    """At the start, after each child's steps."""
+    masks: list[Weights]
+    moments: list[Weights]
+    """`exp_avg` after the first child's steps, and right after the second was chosen."""
+
+
+def run(setup: Setup) -> Run:
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": "compact"})
+        weights, masks, moments = [master_weights(engine)], [], []
+        trainable = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+
+        def exp_avg() -> Weights:
+            shapes = weights[0]
+            return {n: safe_get_full_optimizer_state(p, "exp_avg").view(shapes[n].shape) for n, p in trainable.items()}
+
+        for number in range(3):
+            if number:
+                moments.append(exp_avg())
+            report = child.select(share(batches(setup.family, 4, seed=1000 + number)))
+            if number:
+                moments.append(exp_avg())
+            masks.append({p.name: child.gather_mask(p.name) for p in report.parameters})
+            for batches_of_step in steps(setup, number):
+                train_step(engine, share(batches_of_step))
+            weights.append(master_weights(engine))
+        depth = child._policy.depth  # type: ignore[union-attr]
+        child.detach()
+    return Run(depth, weights, masks, moments)
+
+
+def share(items: list[Any]) -> list[Any]:
+    return deal(items, dist.get_rank(), dist.get_world_size())
+
+
+def steps(setup: Setup, number: int) -> list[list[Any]]:
+    return [batches(setup.family, setup.accumulation * 2, seed=10 * number + step) for step in range(STEPS)]
+
+
+def keep(value: Any, inside: torch.Tensor) -> Any:
+    return value * inside
+
+
+def forget(value: Any, inside: torch.Tensor) -> Any:
+    return value * 0.0
+
+
+def oracle(setup: Setup, run: Run, change: Callable[[Any, torch.Tensor], Any]) -> list[Weights]:
+    """Weights after each child's steps, in one process; `change` is what a new child does to moments, given its mask."""
+    dtype = torch.bfloat16 if setup.bf16 else torch.float32
+    model = build(setup.family).to(dtype)
+    rules = {n: reference.AdamW(**ADAM) for n in run.weights[0]}
+    weights, result = run.weights[0], []
+    for number, masks in enumerate(run.masks):
+        for name, rule in rules.items():
+            if number and name in masks:
+                rule.m, rule.v = change(rule.m, masks[name]), change(rule.v, masks[name])
+        if setup.bf16:  # a deep child keeps masters of its own elements alone
+            weights = {n: torch.where(masks[n], w, w.to(dtype).double()) for n, w in weights.items()}
+        child = reference.Child([masks] * STEPS, frozen_outside=True)
+        weights = reference.train(model, weights, steps(setup, number), rules, child)
+        result.append(weights)
+    return result
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_elements_that_stay_keep_their_state(pool: RankPool, name: str) -> None:
+    setup = SETUPS[name]
+    results = pool[2].run(run, setup)
+    expected = oracle(setup, results[0], keep)
+    tolerance = 4e-2 if setup.bf16 else 1e-4
+    for result in results:
+        assert result.depth == name[:4]
+        for number, weights in enumerate(expected):
+            moved = reference.distance(weights, result.weights[number])
+            assert reference.distance(result.weights[number + 1], weights) < tolerance * moved, number
+        for number in (0, 1):
+            before, after = result.moments[2 * number : 2 * number + 2]
+            old, new = result.masks[number : number + 2]
+            for n, moment in before.items():
+                assert torch.equal(after[n], moment * new[n]), "moments stay, or are zero"
+            stay = torch.cat([(old[n] & new[n]).flatten() for n in old])
+            enter = torch.cat([(~old[n] & new[n]).flatten() for n in old])
+            leave = torch.cat([(old[n] & ~new[n]).flatten() for n in old])
+            assert min(int(stay.sum()), int(enter.sum()), int(leave.sum())) > 20, "vacuous"
+    forgotten = oracle(setup, results[0], forget)
+    assert reference.distance(forgotten[1], expected[1]) > 2 * tolerance * reference.distance(
+        expected[1], results[0].weights[1]
+    ), "vacuous: the state hardly matters"
+
+
+def failing(setup: Setup) -> tuple[Weights, Weights]:
+    """Weights of training with a selection in its middle that fails, and without."""
+    ends = []
+    for fails in (True, False):
+        with engine_of(setup) as engine:
+            child = ds_childtune.attach(engine, {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": "compact"})
+            child.select(share(batches(setup.family, 4, seed=1000)))
+            for number in range(2):
+                for batches_of_step in steps(setup, number):
+                    train_step(engine, share(batches_of_step))
+                if fails and not number:
+                    with pytest.raises(ValueError, match="at least one calibration batch"):
+                        child.select([])
+            ends.append(master_weights(engine))
+    return ends[0], ends[1]
+
+
+@pytest.mark.parametrize("name", ["wrap-zero3", "deep-zero3-bf16"])
+def test_after_a_selection_that_fails_the_old_child_trains_on(pool: RankPool, name: str) -> None:
+    for failed, undisturbed in pool[2].run(failing, SETUPS[name]):
+        assert all(torch.equal(failed[n], w) for n, w in undisturbed.items())
