@@ -83,7 +83,7 @@ class Rounding:
         return self._table.narrow(0, (start + term * 0x9E3779B1) % TILE, numel)
 
     def add_(self, scores: Scores, values: Tensor, weight: float, term: int, *, square: bool = False) -> None:
-        """scores += weight * values, or weight * values ** 2, in e8m8; `values` is 1-D of any floating dtype, and what is added >= 0."""
+        """scores += weight * values, or weight * values ** 2, in e8m8; `values` is 1-D floating, and what is added >= 0."""
         begin = 0
         for codes, value in zip(scores.values.split(TILE), values.split(TILE), strict=True):
             added = value.float()
