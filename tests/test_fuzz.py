@@ -21,7 +21,7 @@ from ds_childtune import child_checkpoint as checkpoint
 from ds_childtune._version import __version__
 from ds_childtune.child_compare import compare
 from ds_childtune.child_export import KIND, ExportInfo, describe, parameter_entries
-from ds_childtune.child_format import ChildFileError, Manifest, Piece
+from ds_childtune.child_format import ChildFileError, Manifest, Piece, sealed
 from ds_childtune.child_reader import open_child
 from ds_childtune.child_shards import CompactChild
 from ds_childtune.child_writer import commit, write_pieces
@@ -69,7 +69,8 @@ def write_export(folder: Path) -> None:
     files = [write_pieces(folder, rank, pieces) for rank, pieces in enumerate(ranks)]
     sums = {name: fingerprint(values[name], 0, inside.get(name)) for name in values}
     entries = parameter_entries(model, [*inside, "count"])
-    commit(folder, Manifest(__version__, KIND, {}, entries, tuple(f for f in files if f), describe(model, sums, 7)))
+    extra = describe(model, sums, 7)
+    commit(folder, sealed(Manifest(__version__, KIND, {}, entries, tuple(f for f in files if f), extra)))
 
 
 def read_export(folder: Path) -> None:
@@ -130,7 +131,7 @@ def write_checkpoint(folder: Path) -> None:
     shapes = {name: torch.Size([numel]) for name, numel in run.SIZES.items()}
     entries = checkpoint.parameter_entries(shapes, shapes, torch.float32)
     config = run.CONFIG.model_dump(mode="json")
-    commit(own, Manifest(__version__, checkpoint.KIND, config, entries, (file,), asdict(record)))
+    commit(own, sealed(Manifest(__version__, checkpoint.KIND, config, entries, (file,), asdict(record))))
 
 
 def read_checkpoint(folder: Path) -> None:
