@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import typer
@@ -70,15 +70,17 @@ def _inspect(
 @app.command("merge")
 def _merge(base: Base, children: Folders, output: Output, conflicts: OnConflict = "refuse") -> None:
     """Apply children to a saved base model, and write the whole model, as transformers loads it."""
+    _quiet()
     merge(base, children, output, conflicts)
-    _print(f"{output}: the base model with {len(children)} applied.")
+    _print(f"{output}: the base model with {', '.join(str(child) for child in children)}")
 
 
 @app.command("compose")
 def _compose(base: Base, children: Folders, output: Output, conflicts: OnConflict = "refuse") -> None:
     """Write one child that does what several of them do."""
+    _quiet()
     compose(base, children, output, conflicts)
-    _print(f"{output}: one child out of {len(children)}.")
+    _print(f"{output}: one child out of {', '.join(str(child) for child in children)}")
 
 
 @app.command("compare")
@@ -94,6 +96,15 @@ def _compare(
     for row in (*rows, total("total", overlaps)):
         table.add_row(row.name, *_cells(row))
     _print(table)
+
+
+def _quiet() -> None:
+    """transformers would tell of parameters that the base model lacks, which the child brings."""
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _cells(row: Overlap) -> list[str]:

@@ -31,10 +31,9 @@ from ds_childtune.child_checkpoint import (
     pieces,
     read_compact,
     read_masks,
-    sealed,
     stored_fragments,
 )
-from ds_childtune.child_format import ChildFileError, FileEntry, Manifest
+from ds_childtune.child_format import ChildFileError, FileEntry, Manifest, sealed
 from ds_childtune.child_reader import Child, open_child
 from ds_childtune.child_shards import CompactChild
 from ds_childtune.child_writer import commit, write_pieces

@@ -13,11 +13,10 @@ See [Note: child files] for the first two.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,12 +26,11 @@ from torch import Tensor
 
 from ds_childtune.child_format import (
     DTYPES,
-    MANIFEST,
     ChildFileError,
     FileEntry,
-    Manifest,
     ParameterEntry,
     Piece,
+    check_seal,
     parsed,
 )
 from ds_childtune.child_reader import Child
@@ -105,16 +103,12 @@ class RunRecord:
     """One for each rank, in order."""
     deepspeed: tuple[DeepSpeedFile, ...]
     seal: str = ""
-    """Checksum of the rest of the manifest, see `sealed`."""
+    """See `child_format.sealed`."""
 
     @classmethod
     def of(cls, child: Child) -> RunRecord:
         """Raises ChildFileError when the manifest is not a checkpoint's, or has changed."""
-        if child.manifest.extra.get("seal") != sealed(child.manifest).extra["seal"]:
-            raise ChildFileError(
-                f"{child.folder / MANIFEST}: expected the checksum that it was written with, got another: bytes have changed."
-                " Remedy: use another checkpoint, or an undamaged copy."
-            )
+        check_seal(child.manifest, child.folder)
         record = parsed(cls, json.dumps(child.manifest.extra), f"{child.folder}: extra")
         if len(record.ranks) != record.world_size:
             raise ChildFileError(
@@ -150,13 +144,6 @@ class RunRecord:
 
 
 # ---------------------------------------------------------------- what is written
-
-
-def sealed(manifest: Manifest) -> Manifest:
-    """With the checksum of all the rest under the key `seal` of `extra`: a flipped bit may leave a number a number."""
-    bare = replace(manifest, extra={key: value for key, value in manifest.extra.items() if key != "seal"})
-    digest = hashlib.blake2b(bare.json(), digest_size=16).hexdigest()
-    return replace(bare, extra={**bare.extra, "seal": digest})
 
 
 def parameter_entries(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ds_childtune._ranks import device, gather_objects, raising_together, sum_over_ranks
 from ds_childtune._version import __version__
 from ds_childtune._zero_weights import full_shape, is_partitioned, local_weights
-from ds_childtune.child_format import DTYPES, FileEntry, Manifest, ParameterEntry, Piece, parsed
+from ds_childtune.child_format import DTYPES, FileEntry, Manifest, ParameterEntry, Piece, check_seal, parsed, sealed
 from ds_childtune.child_writer import commit, write_pieces
 from ds_childtune.durable import new_folder
 from ds_childtune.fingerprint import fingerprint, signed, text
@@ -46,10 +46,13 @@ class ExportInfo:
     """The Hugging Face config as json, where the model has one."""
     step: int
     """Applied steps of training."""
+    seal: str
+    """See `child_format.sealed`."""
 
     @classmethod
     def of(cls, manifest: Manifest, where: Path) -> ExportInfo:
-        """Raises ChildFileError when the manifest has something else."""
+        """Raises ChildFileError when the manifest has something else, or has changed."""
+        check_seal(manifest, where)
         return parsed(cls, json.dumps(manifest.extra), str(where))
 
 
@@ -123,7 +126,7 @@ def export_child(
         file = write_pieces(folder, dist.get_rank(), pieces)
     files: tuple[FileEntry, ...] = tuple(f for f in gather_objects(file) if f is not None)
     extra = describe(model, dict(zip(params, totals.tolist(), strict=True)), step)
-    manifest = Manifest(__version__, KIND, dict(config), entries, files, extra)
+    manifest = sealed(Manifest(__version__, KIND, dict(config), entries, files, extra))
     with raising_together():
         if first:
             commit(folder, manifest)

@@ -21,9 +21,11 @@ it: so whoever reads can ask for any run of elements, whoever wrote them.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar, cast
 
 import torch
@@ -208,6 +210,22 @@ class Piece:
         index = None if self.index is None else self.index[first:last] - (start - self.start)
         tensors = {name: tensor[first:last] for name, tensor in self.tensors.items()}
         return Piece(self.parameter, start, end - start, index, tensors, self.numbers)
+
+
+def sealed(manifest: Manifest) -> Manifest:
+    """With the checksum of all the rest under the key `seal` of `extra`: a flipped bit may leave a number a number."""
+    bare = replace(manifest, extra={key: value for key, value in manifest.extra.items() if key != "seal"})
+    digest = hashlib.blake2b(bare.json(), digest_size=16).hexdigest()
+    return replace(bare, extra={**bare.extra, "seal": digest})
+
+
+def check_seal(manifest: Manifest, folder: Path) -> None:
+    """Raise ChildFileError unless the manifest is as it was sealed."""
+    if manifest.extra.get("seal") != sealed(manifest).extra["seal"]:
+        raise ChildFileError(
+            f"{folder / MANIFEST}: expected the checksum that it was written with, got another: bytes have changed."
+            " Remedy: write the child again, or take an undamaged copy."
+        )
 
 
 @cache

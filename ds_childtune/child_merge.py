@@ -14,7 +14,7 @@ from torch import nn
 from ds_childtune._version import __version__
 from ds_childtune.child_apply import Conflicts, apply_child
 from ds_childtune.child_export import KIND, ExportInfo, describe, parameter_entries, persistent_buffers
-from ds_childtune.child_format import DTYPES, Manifest, Piece
+from ds_childtune.child_format import DTYPES, Manifest, Piece, sealed
 from ds_childtune.child_reader import Child, open_child
 from ds_childtune.child_writer import commit, write_pieces
 from ds_childtune.durable import explained, new_folder, sync_folder
@@ -89,6 +89,7 @@ def compose(
     manifest = Manifest(
         __version__, KIND, config, parameter_entries(model, stored), files, describe(model, sums, steps)
     )
+    manifest = sealed(manifest)
     commit(output, manifest)
     return manifest
 

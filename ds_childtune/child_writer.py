@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from torch import Tensor
 from ds_childtune.child_format import DTYPES, MANIFEST, FileEntry, Manifest, Piece, PieceEntry, adapter
 from ds_childtune.durable import checksum, explained, new_file, sync_folder, write_bytes
 
-_OURS = re.compile(r"\.?child-\d{5,}-?[0-9a-f]*\.safetensors(\.tmp)?")
+_OURS = re.compile(r"child-\d{5,}(-[0-9a-f]{16})?\.safetensors")
+_LEFT = re.compile(r"\.child-\d{5,}\.safetensors\.tmp")
+"""What `durable.new_file` of a killed writer left."""
 
 
 def write_pieces(folder: Path, writer: int, pieces: Iterable[Piece]) -> FileEntry | None:
@@ -70,7 +73,9 @@ def commit(folder: Path, manifest: Manifest) -> None:
     listed = {file.name for file in manifest.files}
     with explained(folder):
         for path in folder.iterdir():
-            if _OURS.fullmatch(path.name) and path.name not in listed:
+            if path.is_dir() and _LEFT.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+            elif _OURS.fullmatch(path.name) and path.name not in listed:
                 path.unlink(missing_ok=True)
 
 

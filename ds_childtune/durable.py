@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,19 +20,24 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         RuntimeError: for a full disk, a folder that cannot be written, and whatever else the system refuses.
     """
-    # The same name each time, so that what a killed process left behind is overwritten.
-    temporary = path.with_name(f".{path.name}.tmp")
+    # A folder, as safetensors makes a file of its own beside the one that it is given; and the same name each time, so that what a
+    # killed process left behind goes away.
+    folder = path.with_name(f".{path.name}.tmp")
+    temporary = folder / path.name
     try:
         with explained(path):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            temporary.touch()
+            mode = temporary.stat().st_mode
             yield temporary
+            temporary.chmod(mode)  # safetensors' files are for their owner alone
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
             sync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

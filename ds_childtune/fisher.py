@@ -80,8 +80,9 @@ class FisherAccumulator:
 
     def _add(self, total: Scores, grad: Tensor, weight: float) -> None:
         if total.values.dtype != torch.float32:
-            rounding = self._rounding.setdefault(grad.device, Rounding(grad.device))
-            rounding.add_(total, grad * grad if self._square else grad, weight, self._terms)
+            if grad.device not in self._rounding:
+                self._rounding[grad.device] = Rounding(grad.device)
+            self._rounding[grad.device].add_(total, grad, weight, self._terms, square=self._square)
         elif self._square:
             total.values.addcmul_(grad, grad, value=weight)
         else:

@@ -82,11 +82,12 @@ class Rounding:
         # An odd multiplier that is far from any short cycle, so that successive terms read far from each other.
         return self._table.narrow(0, (start + term * 0x9E3779B1) % TILE, numel)
 
-    def add_(self, scores: Scores, values: Tensor, weight: float, term: int) -> None:
-        """scores += weight * values, in e8m8; `values` is 1-D of any floating dtype, >= 0 with `weight`."""
+    def add_(self, scores: Scores, values: Tensor, weight: float, term: int, *, square: bool = False) -> None:
+        """scores += weight * values, or weight * values ** 2, in e8m8; `values` is 1-D floating, and what is added >= 0."""
         begin = 0
         for codes, value in zip(scores.values.split(TILE), values.split(TILE), strict=True):
-            total = _decode(codes).add_(value.float(), alpha=weight).view(torch.int32)
+            added = value.float()
+            total = _decode(codes).add_(added * added if square else added, alpha=weight).view(torch.int32)
             # NaN and inf stay what they are: adding to their bits could carry into the sign.
             finite = total < _LARGEST - (1 << _CUT_BITS)
             total += self.bits(scores.param_start + begin, codes.numel(), term) * finite

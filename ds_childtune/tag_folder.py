@@ -14,9 +14,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 
+from ds_childtune.child_format import ChildFileError
 from ds_childtune.durable import explained, sync_folder, write_bytes
 
 LATEST = "latest"
+_LONGEST = 4096
+"""Bytes of a path."""
 CHILD = "child"
 """The library's own subfolder of a tag."""
 
@@ -29,7 +32,7 @@ def checked_tag(tag: object) -> str:
     """
     name = str(tag)
     path = PurePath(name)
-    if not path.name or path.is_absolute() or ".." in path.parts:
+    if not path.name or path.is_absolute() or ".." in path.parts or not name.isprintable():
         raise ValueError(
             f"save_checkpoint: expected a tag that names a folder inside save_dir, got {name!r}."
             ' Remedy: pass for example tag="step100", or leave it to DeepSpeed.'
@@ -93,9 +96,18 @@ def write_latest(save_dir: Path, tag: str) -> None:
 
 
 def read_latest(load_dir: Path) -> str | None:
-    """The tag that `latest` names."""
+    """The tag that `latest` names, None when there is no such file. Raises ChildFileError for one that names none."""
     path = load_dir / LATEST
-    return path.read_text().strip() if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as file:
+            return checked_tag(file.read(_LONGEST).decode().strip())
+    except (OSError, ValueError) as error:
+        raise ChildFileError(
+            f"{path}: expected the name of a tag, got: {str(error)[:200]}. Remedy: write the name of a checkpoint's folder into"
+            " it, or pass tag=."
+        ) from None
 
 
 def tags(load_dir: Path) -> Iterator[str]:

@@ -41,6 +41,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.integrations import HfDeepSpeedConfig
 
 import ds_childtune
+from ds_childtune.orphans import end_with_launcher
 
 T = TypeVar("T")
 Batch = dict[str, Any]
@@ -132,6 +133,7 @@ class Arguments:
 @contextmanager
 def processes() -> Iterator[None]:
     """The process group: NCCL on GPUs, gloo on CPUs. Ranks come from the launcher's environment, or from MPI through mpi4py."""
+    end_with_launcher()
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     if on_cpu:

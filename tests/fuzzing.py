@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ds_childtune.child_format import ChildFileError, Manifest, parsed, sealed
+
 Files = dict[str, bytes]
 """A folder's files, by path."""
 
@@ -158,7 +160,7 @@ def _manifest(files: Files, rng: random.Random) -> None:
     try:
         manifest = json.loads(files[name])
         _edit(manifest, rng)
-        files[name] = json.dumps(manifest).encode()
+        files[name] = _sealed(manifest)
     except (KeyError, TypeError, ValueError):
         return
 
@@ -263,9 +265,18 @@ def _sign(files: Files) -> None:
     try:
         manifest = json.loads(files[name])
         sign(manifest)
-        files[name] = json.dumps(manifest).encode()
+        files[name] = _sealed(manifest)
     except (KeyError, ValueError, RecursionError):
         return
+
+
+def _sealed(manifest: Any) -> bytes:
+    """With the manifest's own checksum right again, where it still is one."""
+    data = json.dumps(manifest).encode()
+    try:
+        return sealed(parsed(Manifest, data, "")).json()
+    except (ChildFileError, ValueError):
+        return data
 
 
 def read_files(folder: Path) -> Files:

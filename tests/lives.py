@@ -194,6 +194,7 @@ class _Wires:
 
 def _live(rank: int, job: Job, place: Place, trip: Trip | None, scratch: str) -> None:
     with Path(f"{scratch}/stderr-{rank}").open("w", buffering=1) as stderr:
+        os.dup2(stderr.fileno(), 1)
         os.dup2(stderr.fileno(), 2)
         faulthandler.enable()
         gc.freeze()  # what the server has imported stays

@@ -98,14 +98,20 @@ def test_others_can_read_the_files(tmp_path: Path) -> None:
 def test_writing_again_replaces_the_child_in_one_instant(tmp_path: Path) -> None:
     write(tmp_path, {"w": torch.arange(9) % 2 == 0}, [4], torch.float32)
     before = sorted(p.name for p in tmp_path.iterdir())
-    # Killed between its pieces and the manifest: the first child is still there.
+    # Killed between its pieces and the manifest, and another in the middle of its pieces: the first child is still there.
     write_pieces(tmp_path, 0, [Piece.of("w", 0, torch.ones(9).bool())])
+    (tmp_path / ".child-00007.safetensors.tmp").mkdir()
+    (tmp_path / ".child-00007.safetensors.tmp" / "half").write_bytes(b"half a file")
+    (tmp_path / "a file of mine.txt").write_text("stays")
     assert open_child(tmp_path).kept("w") == 5
     write(tmp_path, {"w": torch.arange(9) % 3 == 0}, [4], torch.float32)
     assert open_child(tmp_path).kept("w") == 3
     after = sorted(p.name for p in tmp_path.iterdir())
-    assert len(after) == len(before) == 3
-    assert after != before
+    assert len(after) == len(before) + 1 == 4
+    assert "a file of mine.txt" in after
+    assert not {name for name in before if name != "child.json"} & set(after)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1, "others may read all files or none"
 
 
 def test_a_file_of_another_machine_is_missed_before_the_manifest(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.lives import Job, Trip, live
+from tests.soak import Tally, soak
 from tests.test_bitwise import equal_bits
 from tests.test_checkpoint import BLOCKS
 from tests.test_elastic import Place
@@ -64,3 +65,15 @@ def test_killed_and_started_again(mode: str, tmp_path: Path) -> None:
     assert equal_bits(end.state.masks, expected.state.masks)
     assert end.state.step == expected.state.step == STEPS
     assert not list(Path(job.folder).glob(".*")), "something was left behind"
+
+
+def test_a_short_soak(tmp_path: Path) -> None:
+    """`python -m tests.soak` for long ones."""
+    tally = Tally()
+    for seed in (3, 5):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        soak(folder, seed, tally, steps=8)
+    assert tally.kills, "vacuous: nobody was killed"
+    assert tally.moves, "vacuous: never at another world size or stage"
+    assert tally.mismatches == 0

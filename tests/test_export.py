@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -314,6 +316,18 @@ def test_another_model_is_refused(exported: Exported) -> None:
         apply_child(model)
 
 
+@contextmanager
+def little_files(*, on_this_rank: bool) -> Iterator[None]:
+    """As if the disk were full: the nearest that a process can do to itself."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if on_this_rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def refusals(path: str) -> list[str]:
     """What `export` and `apply_child` say where they cannot be right."""
     texts = []
@@ -342,12 +356,12 @@ def refusals(path: str) -> list[str]:
                 child.select(share)  # chosen anew before a step: nothing has moved
                 child.export(path)
                 train_step(engine, share)
+                refused(lambda child=child: child.export("/proc/child"))  # type: ignore[misc]
+                with little_files(on_this_rank=rank == 1):
+                    refused(lambda child=child: child.export(path))  # type: ignore[misc]
+                train_step(engine, share)
                 child.select(share)
                 refused(lambda engine=engine: apply_child(engine, path))  # type: ignore[misc]
-                # A folder that cannot be made, on every rank.
-                child._earlier_children = False
-                refused(lambda child=child: child.export("/proc/child"))  # type: ignore[misc]
-                child._earlier_children = True
             refused(lambda child=child: child.export(path))  # type: ignore[misc]
     return texts
 
@@ -360,12 +374,14 @@ def test_what_cannot_be_exported(pool: RankPool, tmp_path: Path) -> None:
         ("RuntimeError", "no child yet"),
         ("NotImplementedError", 'compat "original"', "moves every element"),
         ("RuntimeError", "no child yet"),
+        ("RuntimeError", "[rank 0] expected to write /proc/child"),
+        ("RuntimeError", f"[rank 1] expected to write {tmp_path}", "File too large"),
         ("RuntimeError", "this engine trains a child"),
-        ("RuntimeError", "expected to write /proc/child"),
         ("NotImplementedError", "after another one had been trained"),
     ]
     for text, words in zip(ranks[0], expected, strict=True):
         assert all(word in text for word in words), text
+    # The child of before the failures is still there.
     assert open_child(tmp_path / "child").manifest.extra["step"] == 0
 
 

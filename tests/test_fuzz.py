@@ -21,7 +21,7 @@ from ds_childtune import child_checkpoint as checkpoint
 from ds_childtune._version import __version__
 from ds_childtune.child_compare import compare
 from ds_childtune.child_export import KIND, ExportInfo, describe, parameter_entries
-from ds_childtune.child_format import ChildFileError, Manifest, Piece
+from ds_childtune.child_format import ChildFileError, Manifest, Piece, sealed
 from ds_childtune.child_reader import open_child
 from ds_childtune.child_shards import CompactChild
 from ds_childtune.child_writer import commit, write_pieces
@@ -31,6 +31,7 @@ from ds_childtune.layout import Layout, SavedShard
 from ds_childtune.random_states import read_random_states, write_random_states
 from ds_childtune.rank_file import read_layout, read_states, write_rank_file
 from ds_childtune.shards import FlatShard, Fragment
+from ds_childtune.tag_folder import read_latest, write_latest
 from tests.fuzzing import Files, mutated, read_files, write_files
 
 HEADROOM = 256 << 20
@@ -68,7 +69,8 @@ def write_export(folder: Path) -> None:
     files = [write_pieces(folder, rank, pieces) for rank, pieces in enumerate(ranks)]
     sums = {name: fingerprint(values[name], 0, inside.get(name)) for name in values}
     entries = parameter_entries(model, [*inside, "count"])
-    commit(folder, Manifest(__version__, KIND, {}, entries, tuple(f for f in files if f), describe(model, sums, 7)))
+    extra = describe(model, sums, 7)
+    commit(folder, sealed(Manifest(__version__, KIND, {}, entries, tuple(f for f in files if f), extra)))
 
 
 def read_export(folder: Path) -> None:
@@ -111,6 +113,7 @@ def write_checkpoint(folder: Path) -> None:
     child = run.child(mask)
     own = folder / "child"
     own.mkdir()
+    write_latest(folder, "child")
     (folder / "model.pt").write_bytes(b"DeepSpeed's own, which only DeepSpeed reads")
     fragments = [(run.shard, fragment) for fragment in run.shard.fragments]
     file = write_pieces(own, 0, checkpoint.pieces(child, fragments, checkpoint.moment_keys(child)))
@@ -128,12 +131,13 @@ def write_checkpoint(folder: Path) -> None:
     shapes = {name: torch.Size([numel]) for name, numel in run.SIZES.items()}
     entries = checkpoint.parameter_entries(shapes, shapes, torch.float32)
     config = run.CONFIG.model_dump(mode="json")
-    commit(own, Manifest(__version__, checkpoint.KIND, config, entries, (file,), asdict(record)))
+    commit(own, sealed(Manifest(__version__, checkpoint.KIND, config, entries, (file,), asdict(record))))
 
 
 def read_checkpoint(folder: Path) -> None:
     """All that is done to the library's own files when a checkpoint is loaded."""
     run = Run()
+    read_latest(folder)
     opened = open_child(folder / "child", kind=checkpoint.KIND)
     record = checkpoint.RunRecord.of(opened)
     record.check_files(folder, 0, 1)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import psutil
 import pytest
 import torch.distributed as dist
 import transformers
@@ -256,3 +257,18 @@ def test_shipped_configs_train(pool: RankPool, name: str) -> None:
         assert name.endswith(f"child_{mode[-1].lower()}.json")
         assert density == pytest.approx(0.3, abs=0.06)  # of 1,700 elements, drawn at random in one of the modes
         assert step == 2
+
+
+def test_a_sigterm_to_the_launcher_leaves_no_orphan(folder: Path, tmp_path: Path) -> None:
+    arguments = job(folder, tmp_path / "results.jsonl", "--epochs", "100000", "--max-steps", "1000000")
+    command = [*deepspeed_launcher(2), "launch/finetune.py", *arguments]
+    with started(command, environment(folder)) as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        assert any("kept" in line for line in lines), "it never came to train"
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 3, "vacuous: expected the process that keeps the ranks, and two ranks"
+        process.terminate()
+        process.communicate(timeout=60)  # until every one of them has closed its end of the pipe
+        _, alive = psutil.wait_procs(family, timeout=60)
+        assert not alive

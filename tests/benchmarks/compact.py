@@ -229,7 +229,7 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any] | str:
                     highest = max(highest, group_bytes(process.pid))
                     if args.limit_gib and highest > args.limit_gib * GIB:
                         why = f"over {args.limit_gib:g} GiB"
-                    time.sleep(0.2)
+                    time.sleep(0.5)
             finally:
                 # Whatever ended the wait, an interruption too, leaves no rank behind.
                 with suppress(ProcessLookupError):
