@@ -409,7 +409,8 @@ def test_only_zero_py_knows_deepspeed_s_runtime(module: str) -> None:
 def test_only_zero_py_reads_the_engine_s_insides(module: str) -> None:
     """No private attribute of an engine, and none of the wrappers' names, outside `_zero.py`."""
     insides = {name.removesuffix("()") for _, names in WRAPPERS.values() for name in names}
-    insides -= {"optimizer", "param_groups", "device", "dtype", "state_dict", "load_state_dict"}  # names of torch's, too
+    # Names of torch's, too.
+    insides -= {"optimizer", "param_groups", "device", "dtype", "state_dict", "load_state_dict"}
     for node in ast.walk(parsed(module)):
         if isinstance(node, ast.Attribute):
             assert node.attr not in insides, f"{module}.py line {node.lineno} reads .{node.attr}"
