@@ -1,4 +1,4 @@
-"""Depth deep: DeepSpeed's ZeRO-3 optimizer steps child shards by itself. Reads DeepSpeed's attributes, as `_zero.py` does.
+"""Depth deep at ZeRO-3: DeepSpeed's optimizer steps child shards by itself. Reads DeepSpeed's attributes, as `_zero.py` does.
 
 [Note: ZeRO-3 on child shards]
 Between backward and step, ZeRO-3 keeps for every parameter a partition of its averaged gradient, and for every sub-group a flat
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,68 +29,6 @@ from torch import Tensor
 from ds_childtune.child_shards import ChildShard, put_
 
 _VIEWS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
-
-
-def reason_against(engine: Any) -> str | None:
-    """Why this engine cannot be deep, or None."""
-    optimizer = engine.optimizer
-    if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        return "ZeRO-3 alone can"
-    if optimizer.offload_optimizer or optimizer.offload_param:
-        return "with offload the optimizer's state is not on the device"
-    return None
-
-
-@dataclass(frozen=True)
-class Depth:
-    """How deep a compact child goes on an engine, and why."""
-
-    plumbing: ZeroThreePlumbing | None
-    """None at depth wrap."""
-    reason: str
-
-    @classmethod
-    def of(cls, engine: Any, clip: Literal["dense", "child"] | None) -> Depth:
-        """Deep where it can be without changing what the config says about the gradient norm.
-
-        Args:
-            clip: `child_tuning.clip`.
-        """
-        against = reason_against(engine)
-        if clip == "dense":
-            against = 'child_tuning.clip "dense" needs the norm of the whole gradient'
-        elif clip is None and engine.gradient_clipping() > 0 and against is None:
-            against = 'gradient_clipping needs the norm of the whole gradient, unless child_tuning.clip is "child"'
-        if against is not None:
-            return cls(None, f"wrap, around DeepSpeed's flat shards: {against}")
-        return cls(
-            ZeroThreePlumbing(engine), "deep, in place of DeepSpeed's flat shards; the gradient norm is the child's"
-        )
-
-
-def share_masters(engine: Any) -> None:
-    """Point each flat shard at the parameter shard that it is a copy of, where both have one dtype and one device.
-
-    DeepSpeed means to (`_create_fp32_partitions`), but compares a `torch.device` with a string. Training is unchanged: the copy
-    back after a step is one onto itself.
-    """
-    for flat, lp in _pairs(engine):
-        if flat.dtype == lp.dtype and flat.device == lp.device:
-            flat.data = lp.data
-
-
-def separate_masters(engine: Any) -> None:
-    """Give every flat shard a copy of its own again."""
-    for flat, lp in _pairs(engine):
-        if flat.data_ptr() == lp.data_ptr():
-            flat.data = lp.data.clone()
-
-
-def _pairs(engine: Any) -> list[tuple[Tensor, Tensor]]:
-    optimizer = engine.optimizer
-    if reason_against(engine) is not None:
-        return []
-    return list(zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True))
 
 
 @dataclass(frozen=True)
@@ -131,7 +69,9 @@ class _Partition:
 
 
 class ZeroThreePlumbing:
-    """See [Note: ZeRO-3 on child shards]. One for each engine; the order of shards is that of `read_flat_shards`."""
+    """See [Note: ZeRO-3 on child shards]. The order of shards is that of `read_flat_shards`."""
+
+    norm_is_child = True
 
     def __init__(self, engine: Any) -> None:
         self._optimizer = engine.optimizer

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ds_childtune.child_shards import ChildShard, CompactChild, per_element, put_
 
+_SETS = "safe_set_full_fp32_param and safe_set_full_optimizer_state"
+
 
 class Reads(Protocol):
     def remove(self) -> None:
@@ -43,23 +45,39 @@ class _Mapped:
         self._mapped = [(flat, param._hp_mapping) for flat, param in pairs if param._hp_mapping is not None]
         for flat, mapping in self._mapped:
             mapping.optim_fragment = {}  # what is there are views of dense moments, which would keep them alive
-            mapping.get_optim_state_fragment = self._reader(child.shards[flat], mapping.hp_fragment_address)
+            mapping.get_hp_fragment = self._reader(child.shards[flat], mapping)
         self._setters = [(param, param.set_full_hp_param) for _, param in pairs]
         for param, method in self._setters:
-            param.set_full_hp_param = _setting_weights_alone(method)
+            param.set_full_hp_param = _setting_weights_alone(method) if child.depth == "wrap" else _refusing(_SETS)
         # It drops every `_hp_mapping` and makes new ones from dense state.
         optimizer.offload_states = _refusing("offload_states")
+        if child.depth == "deep":
+            optimizer._restore_from_bit16_weights = self._restore_from_bit16_weights
 
     def remove(self) -> None:
         del self._optimizer.offload_states
+        if self._child.depth == "deep":
+            del self._optimizer._restore_from_bit16_weights
         for param, method in self._setters:
             param.set_full_hp_param = method
         for flat, mapping in self._mapped:
-            del mapping.get_optim_state_fragment
+            del mapping.get_hp_fragment
             mapping.set_optim_state_fragment(flat, self._child.optimizer.state.get(flat, {}))
 
-    def _reader(self, shard: ChildShard, address: Any) -> Callable[[str], Tensor]:
-        return lambda key: _state(self._child, shard, key, address.start, address.numel)
+    def _reader(self, shard: ChildShard, mapping: Any) -> Callable[..., Tensor]:
+        start, numel = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+
+        def get_hp_fragment(optim_state_key: str | None = None) -> Tensor:
+            if optim_state_key is not None:
+                return _state(self._child, shard, optim_state_key, start, numel)
+            # At depth wrap `safe_set_full_fp32_param` writes into what is returned here.
+            return mapping.hp_fragment if self._child.depth == "wrap" else _weights(shard, start, numel)
+
+        return get_hp_fragment
+
+    def _restore_from_bit16_weights(self) -> None:
+        for shard in self._child.shards.values():
+            shard.tensor.copy_(shard.flat.flat().index_select(0, shard.index))
 
 
 def _setting_weights_alone(method: Callable[..., None]) -> Callable[..., None]:
@@ -81,7 +99,7 @@ class _ZeroThree:
         """By sub-group."""
         methods: dict[str, Callable[..., Any]] = {
             "_get_fp32_opt_state_partition": self._state_partition,
-            "set_full_hp_param": _refusing("safe_set_full_fp32_param and safe_set_full_optimizer_state"),
+            "set_full_hp_param": _refusing(_SETS),
             "set_local_hp_param": _refusing("safe_set_local_fp32_param and safe_set_local_optimizer_state"),
         }
         if child.depth == "deep":
@@ -108,8 +126,7 @@ class _ZeroThree:
         shard = self._shards[sub_group]
         if optim_state_key is not None:
             return _state(self._child, shard, optim_state_key, start, numel), sub_group
-        weights = shard.flat.flat().narrow(0, start, numel).to(shard.tensor.dtype, copy=True)
-        return _put_together(shard, shard.tensor, weights, start), sub_group
+        return _weights(shard, start, numel), sub_group
 
     def _grad_partition(self, param: Any, release_swap_buffers: bool) -> tuple[Tensor, int]:
         optimizer = self._optimizer
@@ -137,6 +154,12 @@ def _state(child: CompactChild, shard: ChildShard, key: str, start: int, numel: 
         )
     dense = torch.zeros(numel, dtype=state[key].dtype, device=state[key].device)
     return _put_together(shard, state[key], dense, start)
+
+
+def _weights(shard: ChildShard, start: int, numel: int) -> Tensor:
+    """fp32: the weights in [start, start + numel) of a flat shard, inside the child its masters."""
+    weights = shard.flat.flat().narrow(0, start, numel).to(shard.tensor.dtype, copy=True)
+    return _put_together(shard, shard.tensor, weights, start)
 
 
 def _put_together(shard: ChildShard, values: Tensor, dense: Tensor, start: int) -> Tensor:

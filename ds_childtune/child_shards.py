@@ -8,8 +8,8 @@ padding is not. There are two depths:
 
     wrap   any stage   DeepSpeed's flat shards stay. Around the base optimizer's step the gradient is gathered at the index, and
                        child shards stand in `param_groups`.
-    deep   ZeRO-3      DeepSpeed itself steps child shards, with gradient buffers of the child's size, and its fp32 flat shards
-                       are let go. `DeepPlumbing` says how; see `_zero_deep.py`.
+    deep   ZeRO 1-3    DeepSpeed itself runs on child shards, and its fp32 flat shards are let go; at ZeRO-3 gradient buffers are
+                       of the child's size, too. `DeepPlumbing` says how; see `_zero_deep.py` and `_zero_deep_two.py`.
 
 At depth wrap the flat shard has the last word between steps: whoever edits weights (a checkpoint that is loaded) edits those; where it
 is 16-bit, the child shard is the fp32 master of every element that nobody has edited. At depth deep the child shard is the master,
@@ -112,6 +112,9 @@ def put_(flat: Tensor, index: Tensor, values: Tensor) -> None:
 class DeepPlumbing(Protocol):
     """Makes DeepSpeed step child shards by itself, and takes that back."""
 
+    norm_is_child: bool
+    """Whether the norm that DeepSpeed takes is the child's gradient's."""
+
     def install(self, shards: Sequence[ChildShard]) -> None:
         """DeepSpeed runs on child shards; flat shards become views of the parameters that the forward pass uses."""
 
@@ -164,6 +167,11 @@ class CompactChild:
     def depth(self) -> Literal["wrap", "deep"]:
         return "wrap" if self.plumbing is None else "deep"
 
+    @property
+    def norm_is_child(self) -> bool:
+        """Whether DeepSpeed sees no other gradient than the child's."""
+        return self.plumbing is not None and self.plumbing.norm_is_child
+
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """DeepSpeed runs on dense flat shards for the length of a `with`, as a Fisher pass needs; nothing must be stepped in it."""
@@ -194,8 +202,7 @@ class CompactChild:
         for group, params, children in self._stepping:
             for shard in children:
                 shard.scatter()
-                if self.plumbing is None:
-                    shard.tensor.grad = None
+                shard.tensor.grad = None
             group["params"] = params
         self._stepping.clear()
 

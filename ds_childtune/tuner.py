@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ds_childtune import _zero, _zero_clip, _zero_deep, _zero_reads
+from ds_childtune import _zero, _zero_clip, _zero_depth, _zero_reads
 from ds_childtune._calibration import LossFunction, default_loss, estimate_fisher
 from ds_childtune._ranks import check_same, device, gather_objects, raising_together, sum_over_ranks, tell
 from ds_childtune.checkpoint import Checkpoints, ChildState, Resumed
@@ -65,7 +65,7 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
     check_same(parsed.model_dump_json(), "child_tuning")
     check_same(repr(sorted(parameters.shapes.items())), "the model's parameter names and shapes")
     if parsed.optimizer_state == "compact":
-        _zero_deep.share_masters(engine)
+        _zero_depth.share_masters(engine)
     return ChildTuner(engine, parsed, parameters, eligible, shards)
 
 
@@ -251,7 +251,7 @@ class ChildTuner:
         self._take_back_overrides()
         child: DenseChild | CompactChild
         if self.config.optimizer_state == "compact":
-            depth = _zero_deep.Depth.of(self.engine, self.config.clip)
+            depth = _zero_depth.Depth.of(self.engine, self.config.clip)
             tell(f'optimizer_state "compact" is at depth {depth.reason}')
             previous = self._policy if isinstance(self._policy, CompactChild) else None
             child = CompactChild.of(self._shards, masks, base, depth.plumbing, previous)
@@ -259,7 +259,7 @@ class ChildTuner:
             self._reads = _zero_reads.redirect(self.engine, child)
         else:
             child = DenseChild(self._shards, masks, base, decay_outside=self.config.compat == "original")
-        if self.config.clip == "child" and not (isinstance(child, CompactChild) and child.depth == "deep"):
+        if self.config.clip == "child" and not (isinstance(child, CompactChild) and child.norm_is_child):
             self._norm = _zero_clip.NormOfChild(self.engine, self._shards, self._parameters.by_name, child)
         return child
 
@@ -499,7 +499,7 @@ class ChildTuner:
             self._policy.release()
         self._take_back_overrides()
         if self.config.optimizer_state == "compact":
-            _zero_deep.separate_masters(self.engine)
+            _zero_depth.separate_masters(self.engine)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -90,7 +90,7 @@ def test_the_child_s_norm_is_clipped(pool: RankPool, name: str, optimizer_state:
     results = pool[2].run(run, setup, optimizer_state, "child")
     expected, norms = oracle(setup, results[0])
     tolerance = 2e-2 if setup.bf16 else 1e-4
-    depth = "deep" if setup.stage == 3 and not setup.offload else "wrap"
+    depth = "deep" if setup.stage and not setup.offload else "wrap"
     assert min(norms) > 2 * CLIP, "vacuous: nothing is clipped"
     for result in results:
         assert result.depth == ("dense" if optimizer_state == "dense" else depth)

@@ -96,7 +96,7 @@ CASES = {
     "zero0": replace(BASE, stage=0),
     "zero0-bf16": replace(BASE, stage=0, bf16=True),
     "zero1-sgd": replace(BASE, stage=1, optimizer=SGD),
-    "zero1-bf16-groups": replace(BASE, stage=1, bf16=True, no_decay=("ln", "bias")),
+    "zero1-bf16-fp32-accumulation": replace(BASE, stage=1, bf16=True, fp32_accumulation=True, no_decay=("ln", "bias")),
     "zero2-llama": replace(BASE, stage=2, family="llama"),
     "zero2-offload-cpuadam": replace(BASE, stage=2, offload=True, optimizer=FUSED),
     "zero3-odd": replace(BASE, stage=3, family="odd"),
@@ -121,6 +121,9 @@ DEEP = {
     "bf16-zero-init": replace(
         BASE, stage=3, clip=0.0, bf16=True, zero_init=True, persistence_threshold=50, sub_group_size=900
     ),
+    "zero1-bf16-groups": replace(BASE, stage=1, bf16=True, no_decay=("ln", "bias")),
+    "zero2-bf16-odd": replace(BASE, stage=2, bf16=True, family="odd"),
+    "zero2-t5-sgd": replace(BASE, stage=2, family="t5", optimizer=SGD),
     "bf16-fp32-accumulation": replace(BASE, stage=3, clip=0.0, bf16=True, fp32_accumulation=True, sub_group_size=900),
 }
 

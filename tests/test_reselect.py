@@ -21,7 +21,7 @@ P, STEPS = 0.3, 3
 ADAM = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
 BASE = Setup("llama", accumulation=2, optimizer=Optimizer("AdamW", {**ADAM, "torch_adam": True}))
 SETUPS = {
-    "wrap-zero1": replace(BASE, stage=1),
+    "deep-zero1": replace(BASE, stage=1),
     "wrap-zero2-offload": replace(BASE, stage=2, offload=True),
     "wrap-zero3": replace(BASE, stage=3, clip=100.0, sub_group_size=300),  # it clips nothing
     "deep-zero3": replace(BASE, stage=3, sub_group_size=300),

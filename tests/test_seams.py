@@ -126,8 +126,15 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
             "averaged_gradients",
             "cpu_offload",
             "get_param_id()",
-            "grad_position",
             "scaled_global_norm()",
+            "_restore_from_bit16_weights()",
+            "dtype",
+            "gradient_accumulation_dtype",
+            "master_weights_and_grads_dtype",
+            "offload_states()",
+            "parallel_partitioned_bit16_groups",
+            "real_dp_process_group",
+            "unscale_and_clip_grads()",
             "dp_process_group",
             "update_lp_params()",
         ),
@@ -221,7 +228,7 @@ def missing_after_a_step(name: str) -> list[str]:
             lines += missing_on(trainable[0], ("_hp_mapping", "set_full_hp_param()"), "parameter")
             mappings = [p._hp_mapping for p in trainable if getattr(p, "_hp_mapping", None) is not None]
             addresses = ("lp_fragment_address.start", "hp_fragment_address.start", "hp_fragment_address.numel")
-            addresses += ("optim_fragment", "get_optim_state_fragment()", "set_optim_state_fragment()")
+            addresses += ("hp_fragment", "optim_fragment", "get_hp_fragment()", "set_optim_state_fragment()")
             lines += missing_on(mappings[0], addresses, "_hp_mapping") if mappings else ["no parameter has a fragment"]
         if name == "DeepSpeedZeroOptimizer_Stage3":
             lines += missing_on(trainable[0], (*PARTITIONED, "ds_id", "partition_numel()"), "parameter")
@@ -403,7 +410,8 @@ def test_only_zero_py_knows_deepspeed_s_runtime(module: str) -> None:
 def test_only_zero_py_reads_the_engine_s_insides(module: str) -> None:
     """No private attribute of an engine, and none of the wrappers' names, outside `_zero.py`."""
     insides = {name.removesuffix("()") for _, names in WRAPPERS.values() for name in names}
-    insides -= {"optimizer", "param_groups", "device", "state_dict", "load_state_dict"}  # names of torch's, too
+    # Names of torch's, too.
+    insides -= {"optimizer", "param_groups", "device", "dtype", "state_dict", "load_state_dict"}
     for node in ast.walk(parsed(module)):
         if isinstance(node, ast.Attribute):
             assert node.attr not in insides, f"{module}.py line {node.lineno} reads .{node.attr}"
