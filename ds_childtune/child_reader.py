@@ -6,7 +6,6 @@ unpickled; and `open_child` returns only when every entry agrees with every othe
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,43 +21,18 @@ from torch import Tensor
 from ds_childtune.child_format import (
     FORMAT,
     MANIFEST,
-    MAX_NUMEL,
     VERSION,
     ChildFileError,
-    FileEntry,
     Manifest,
     ParameterEntry,
     Piece,
     PieceEntry,
     parsed,
 )
+from ds_childtune.child_header import DAMAGED, Place, by_parameter, places_in
 from ds_childtune.durable import checksum
 
 _MAX_MANIFEST_BYTES = 256 << 20
-_MAX_HEADER_BYTES = 100_000_000
-"""What safetensors itself allows."""
-
-_DAMAGED = "Remedy: write the child again, or take an undamaged copy."
-_SAFETENSORS_NAMES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a piece lies."""
-
-    file: Path
-    entry: PieceEntry
 
 
 @dataclass(frozen=True)
@@ -67,7 +41,7 @@ class Child:
 
     folder: Path
     manifest: Manifest
-    places: dict[str, tuple[_Place, ...]]
+    places: dict[str, tuple[Place, ...]]
     """By the name of each stored parameter: in the order of their elements, without gaps or overlaps."""
 
     @cached_property
@@ -124,7 +98,7 @@ class Child:
             got = checksum(self.folder / file.name)
             if got != file.blake2b:
                 raise ChildFileError(
-                    f"{self.folder / file.name}: expected checksum {file.blake2b}, got {got}: bytes have changed. {_DAMAGED}"
+                    f"{self.folder / file.name}: expected checksum {file.blake2b}, got {got}: bytes have changed. {DAMAGED}"
                 )
 
 
@@ -146,8 +120,8 @@ def open_child(folder: str | Path, *, kind: str | None = None, checksums: bool =
         )
     _unique((p.name for p in manifest.parameters), f"{folder / MANIFEST}: parameters")
     _unique((f.name for f in manifest.files), f"{folder / MANIFEST}: files")
-    places = [place for file in manifest.files for place in _places(folder, file)]
-    child = Child(folder, manifest, _by_parameter(folder, manifest.parameters, places))
+    places = [place for file in manifest.files for place in places_in(folder, file)]
+    child = Child(folder, manifest, by_parameter(folder, manifest.parameters, places))
     if checksums:
         child.check_contents()
     return child
@@ -171,7 +145,7 @@ def _manifest(folder: Path) -> Manifest:
     try:
         size = path.stat().st_size
         if size > _MAX_MANIFEST_BYTES:
-            raise ChildFileError(f"{path}: expected at most {_MAX_MANIFEST_BYTES} bytes, got {size}. {_DAMAGED}")
+            raise ChildFileError(f"{path}: expected at most {_MAX_MANIFEST_BYTES} bytes, got {size}. {DAMAGED}")
         with path.open("rb") as file:
             data = file.read(size)
     except OSError as error:
@@ -189,106 +163,10 @@ def _manifest(folder: Path) -> Manifest:
     return parsed(Manifest, data, str(path))
 
 
-@dataclass(frozen=True)
-class _Header:
-    """What the header of a safetensors file says."""
-
-    pieces: str
-    """json."""
-    tensors: dict[str, tuple[str, int]]
-    """dtype and number of entries of every tensor, by key; all have one dimension."""
-
-
-def _places(folder: Path, file: FileEntry) -> Iterator[_Place]:
-    """The pieces of one file, each checked against the file's tensors."""
-    path = folder / file.name
-    header = _header(path, file)
-    for entry in parsed(list[PieceEntry], header.pieces, str(path)):
-        expected = {entry.key(name): (dtype, entry.kept) for name, dtype in entry.tensors.items()}
-        if entry.mask == "bits":
-            expected[entry.key("mask")] = ("uint8", (entry.numel + 7) // 8)
-        if entry.mask == "index":
-            wide = header.tensors.get(entry.key("index"), ("", 0))[0] == "int64"
-            expected[entry.key("index")] = ("int64" if wide else "int32", entry.kept)
-        if entry.numel == 0 or entry.kept > entry.numel or (entry.mask == "all" and entry.kept < entry.numel):
-            raise ChildFileError(f"{path}: expected a piece of elements, got {str(entry)[:200]}. {_DAMAGED}")
-        for key, size in expected.items():
-            got = header.tensors.pop(key, None)
-            if got != size:
-                raise ChildFileError(f"{path}: {key[:80]}: expected {size[1]} of {size[0]}, got {got}. {_DAMAGED}")
-        yield _Place(path, entry)
-    if header.tensors:
-        other = next(iter(header.tensors))
-        raise ChildFileError(f"{path}: expected tensors of its pieces alone, got {other[:80]!r} too. {_DAMAGED}")
-
-
-def _header(path: Path, file: FileEntry) -> _Header:
-    """The header, once the file's size is what the manifest says."""
-    try:
-        size = path.stat().st_size
-        if size != file.bytes:
-            raise ChildFileError(f"{path}: expected {file.bytes} bytes, got {size}. {_DAMAGED}")
-        with path.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8).ljust(8, b"\0"))
-        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise ChildFileError(f"{path}: expected a header inside {size} bytes, got one of {length}. {_DAMAGED}")
-        with safe_open(path, framework="pt") as tensors:
-            metadata = tensors.metadata() or {}
-            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 # it is not a mapping
-            sizes = {key: (part.get_dtype(), part.get_shape()) for key, part in slices.items()}
-    except FileNotFoundError:
-        raise ChildFileError(f"{path}: expected a file of {file.bytes} bytes, got none. {_DAMAGED}") from None
-    except OSError as error:
-        raise ChildFileError(f"{path}: expected a readable file, got: {error}. Remedy: see its permissions.") from None
-    except SafetensorError as error:
-        raise ChildFileError(f"{path}: expected a safetensors file, got: {str(error)[:200]}. {_DAMAGED}") from None
-    for key, (dtype, shape) in sizes.items():
-        if len(shape) != 1 or dtype not in _SAFETENSORS_NAMES:
-            raise ChildFileError(f"{path}: {key[:80]}: expected one dimension, got {dtype} {shape}. {_DAMAGED}")
-    known = {key: (_SAFETENSORS_NAMES[dtype], shape[0]) for key, (dtype, shape) in sizes.items()}
-    return _Header(metadata.get("pieces", "[]"), known)
-
-
-def _by_parameter(
-    folder: Path, parameters: Iterable[ParameterEntry], places: list[_Place]
-) -> dict[str, tuple[_Place, ...]]:
-    """Every stored parameter's pieces in order. They cover it, once."""
-    found: dict[str, list[_Place]] = {p.name: [] for p in parameters if p.stored}
-    for place in places:
-        name = place.entry.parameter
-        if name not in found:
-            raise ChildFileError(
-                f"{place.file}: expected pieces of the manifest's parameters, got {name[:80]!r}. {_DAMAGED}"
-            )
-        found[name].append(place)
-    for parameter in parameters:
-        if parameter.numel > MAX_NUMEL:
-            raise ChildFileError(
-                f"{folder}: {parameter.name[:80]}: expected fewer elements than {parameter.numel}. {_DAMAGED}"
-            )
-        if not parameter.stored:
-            continue
-        own = sorted(found[parameter.name], key=lambda place: place.entry.start)
-        found[parameter.name] = own
-        ends = [0, *(place.entry.end for place in own)]
-        starts = [*(place.entry.start for place in own), parameter.numel]
-        for end, start in zip(ends, starts, strict=True):
-            if end != start:
-                raise ChildFileError(
-                    f"{folder}: {parameter.name[:80]}: expected pieces that cover {parameter.numel} elements once, got"
-                    f" {'no element' if end < start else 'an overlap'} from {min(end, start)} to {max(end, start)}. {_DAMAGED}"
-                )
-        if len({tuple(sorted(place.entry.tensors.items())) for place in own}) > 1:
-            raise ChildFileError(
-                f"{folder}: {parameter.name[:80]}: expected the same tensors in every piece. {_DAMAGED}"
-            )
-    return {name: tuple(own) for name, own in found.items()}
-
-
 def _unique(names: Iterable[str], where: str) -> None:
     for one, other in pairwise(sorted(names)):
         if one == other:
-            raise ChildFileError(f"{where}: expected every name once, got {one[:80]!r} again. {_DAMAGED}")
+            raise ChildFileError(f"{where}: expected every name once, got {one[:80]!r} again. {DAMAGED}")
 
 
 class _OpenFiles:
@@ -308,7 +186,7 @@ class _OpenFiles:
         return self._opened[path]
 
 
-def _read(files: _OpenFiles, place: _Place, start: int, end: int) -> Piece:
+def _read(files: _OpenFiles, place: Place, start: int, end: int) -> Piece:
     """What a piece has of the parameter's elements [start, end).
 
     Raises:
@@ -325,15 +203,13 @@ def _read(files: _OpenFiles, place: _Place, start: int, end: int) -> Piece:
         if index is not None and not _is_good(index, entry):
             raise ChildFileError(
                 f"{path}: {entry.parameter[:80]}: expected {entry.kept} ascending elements below {entry.numel}, got"
-                f" {index.numel()} that are not. {_DAMAGED}"
+                f" {index.numel()} that are not. {DAMAGED}"
             )
         piece = Piece(entry.parameter, entry.start, entry.numel, index, numbers=entry.numbers)
         first, last = piece.bounds(start, end)
         values = {name: tensors.get_slice(entry.key(name))[first:last] for name in entry.tensors}
     except (OSError, SafetensorError) as error:
-        raise ChildFileError(
-            f"{path}: expected the file that was opened, got: {str(error)[:200]}. {_DAMAGED}"
-        ) from None
+        raise ChildFileError(f"{path}: expected the file that was opened, got: {str(error)[:200]}. {DAMAGED}") from None
     narrow = piece.narrow(start, end)
     return Piece(narrow.parameter, narrow.start, narrow.numel, narrow.index, values, entry.numbers)
 

@@ -149,7 +149,7 @@ def _pieces(files: Files, rng: random.Random) -> None:
             pieces = json.loads(header["__metadata__"][key])
             _edit(pieces, rng)
             header["__metadata__"][key] = json.dumps(pieces)
-        except (KeyError, IndexError, TypeError, ValueError):
+        except (KeyError, IndexError, TypeError, ValueError, RecursionError):
             return
         files[name] = _joined(header, body)
         _sign(files)
@@ -161,7 +161,7 @@ def _manifest(files: Files, rng: random.Random) -> None:
         manifest = json.loads(files[name])
         _edit(manifest, rng)
         files[name] = _sealed(manifest)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return
 
 

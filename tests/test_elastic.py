@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
+import torch
 import torch.distributed as dist
 
 import ds_childtune
@@ -125,3 +127,31 @@ def test_a_run_moves_between_world_sizes_and_stages(
     assert equal_bits(state.forward, expected.forward)
     assert (state.step, state.global_steps, state.lr) == (expected.step, expected.global_steps, expected.lr)
     assert state.note == ends[-2]
+
+
+def with_other_frozen_weights(setup: Setup, folder: str, changed: bool) -> tuple[Weights, float]:
+    """Save with frozen weights and a buffer that no new model has, or load them. What the forward pass then sees."""
+    with engine_of(setup) as engine:
+        engine.module.register_buffer("seen", torch.tensor([0.0]))
+        ds_childtune.attach(engine, BLOCKS["F"])
+        if changed:
+            engine.module.seen.fill_(7)
+            frozen = [p for p in engine.module.parameters() if not p.requires_grad]
+            with deepspeed.zero.GatheredParameters(frozen, modifier_rank=0, enabled=setup.stage == 3), torch.no_grad():
+                for parameter in frozen:
+                    parameter.add_(torch.arange(parameter.numel()).view(parameter.shape))
+            train_step(engine, deal(batches("odd", 2), dist.get_rank(), dist.get_world_size()))
+            engine.save_checkpoint(folder)
+        else:
+            engine.load_checkpoint(folder)
+        return model_weights(engine), engine.module.seen.item()
+
+
+@pytest.mark.parametrize(("came", "goes"), [((2, 3), (1, 2)), ((2, 3), (1, 3)), ((1, 1), (2, 3)), ((1, 0), (2, 2))])
+def test_frozen_weights_and_buffers_move_too(
+    pool: RankPool, came: tuple[int, int], goes: tuple[int, int], tmp_path: Path
+) -> None:
+    expected = pool[came[0]].run(with_other_frozen_weights, Setup("odd", stage=came[1]), str(tmp_path), True)[0]
+    for got in pool[goes[0]].run(with_other_frozen_weights, Setup("odd", stage=goes[1]), str(tmp_path), False):
+        assert equal_bits(got[0], expected[0])
+        assert got[1] == expected[1] == 7

@@ -7,6 +7,7 @@ space of the process is limited meanwhile. `--fuzz-examples 100000` for a long r
 from __future__ import annotations
 
 import resource
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -189,14 +190,22 @@ def refused(read: Callable[[Path], None], folder: Path, files: Files) -> bool:
     return False
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """In memory, where there is such a place: thousands of files are written."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("kind", READERS)
 def test_only_our_errors_come_out(
-    kind: str, tmp_path: Path, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+    kind: str, folder: Path, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
 ) -> None:
     write, read = READERS[kind]
-    write(tmp_path)
-    whole = read_files(tmp_path)
-    assert not refused(read, tmp_path, whole), "vacuous: the folder as it was written is refused"
+    write(folder)
+    whole = read_files(folder)
+    assert not refused(read, folder, whole), "vacuous: the folder as it was written is refused"
     examples = request.config.getoption("--fuzz-examples")
     count = 0
     with little_memory():
@@ -205,7 +214,7 @@ def test_only_our_errors_come_out(
         for seed in range(START, START + examples):
             files, done = mutated(whole, seed)
             try:
-                count += refused(read, tmp_path, files)
+                count += refused(read, folder, files)
             except BaseException as error:
                 raise AssertionError(f"seed {seed}: {done}: {type(error).__name__}: {error}") from error
     record_property("refused", count / examples)

@@ -355,6 +355,7 @@ PURE = (
     "child_format",
     "child_writer",
     "child_reader",
+    "child_header",
     "durable",
     "layout",
     "tag_folder",
