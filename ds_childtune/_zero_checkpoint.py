@@ -133,20 +133,28 @@ def keeping_errors(engine: Engine) -> Iterator[list[Exception]]:
 
 @contextmanager
 def dense_masters(engine: Engine, shards: Sequence[FlatShard]) -> Iterator[None]:
-    """Let ZeRO-3's state dict hold flat shards, also where a compact child's own shards stand in their place.
+    """Let ZeRO's state dict hold flat shards, also where a compact child's own shards stand in their place.
 
-    There the masters outside the child are the 16-bit weights, see [Note: ZeRO-3 on child shards].
+    There the masters outside the child are the 16-bit weights, see [Note: ZeRO-3 on child shards]. They are views of larger buffers,
+    which would be saved with them.
     """
     optimizer = engine.optimizer
-    masters = getattr(optimizer, "fp32_partitioned_groups_flat", None)
-    if masters is None:
+    lists = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
+    name = next((name for name in lists if hasattr(optimizer, name)), None)
+    if name is None:
         yield
         return
-    optimizer.fp32_partitioned_groups_flat = [s.tensor for s in shards]
+    masters = getattr(optimizer, name)
+    setattr(optimizer, name, [_alone(s.tensor) for s in shards])
     try:
         yield
     finally:
-        optimizer.fp32_partitioned_groups_flat = masters
+        setattr(optimizer, name, masters)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy of it when its storage holds more."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.detach().clone()
 
 
 def saved_shards(engine: Engine, shards: Sequence[FlatShard], rank: int) -> tuple[SavedShard, ...]:

@@ -128,10 +128,12 @@ def open_child(folder: str | Path, *, kind: str | None = None, checksums: bool =
 
 
 def joined(name: str, start: int, numel: int, parts: list[Piece]) -> Piece:
-    """One piece out of neighbours that cover [start, start + numel)."""
+    """One piece out of neighbours that cover [start, start + numel). Of numbers that differ it has the first."""
     names = parts[0].tensors.keys() if parts else ()
     tensors = {what: torch.cat([p.tensors[what] for p in parts]) for what in names}
-    numbers = parts[0].numbers if parts else {}
+    numbers: dict[str, int | float] = {}
+    for part in reversed(parts):
+        numbers |= part.numbers
     if all(p.index is None for p in parts):
         return Piece(name, start, numel, None, tensors, numbers)
     wide = torch.int64 if numel > torch.iinfo(torch.int32).max else torch.int32

@@ -42,7 +42,9 @@ def write(folder: Path, masks: dict[str, Tensor], cuts: Sequence[int], dtype: to
         for i, (start, end) in enumerate(pairwise(ends)):
             part = slice(start, end)
             piece = Piece.of(name, start, mask[part], values=values[part], moment=2 * values[part].float())
-            writers[i % 3].append(replace(piece, numbers={"step": 3}))
+            # One number that all pieces have, and one that the last of them alone has.
+            numbers = {"step": 3} | ({"last": 0.5} if end == mask.numel() else {})
+            writers[i % 3].append(replace(piece, numbers=numbers))
     files = [write_pieces(folder, rank, pieces) for rank, pieces in enumerate(writers)]
     name_of = {dtype: name for name, dtype in DTYPES.items()}
     parameters = tuple(ParameterEntry(n, (m.numel(),), name_of[dtype], True) for n, m in masks.items())
@@ -74,7 +76,9 @@ def test_what_is_written_comes_back_in_any_partition(
             assert piece.tensors["values"].dtype == dtype
             assert torch.equal(piece.tensors["values"], values)
             assert torch.equal(piece.tensors["moment"], 2 * values.float())
-            assert piece.numbers == {"step": 3}
+            last = max((c for c in cuts if c < mask.numel()), default=0)
+            reaches = (last < start + numel and start < mask.numel()) or last == 0
+            assert piece.numbers == {"step": 3} | ({"last": 0.5} if reaches else {})
             assert child.kept(name) == int(mask.sum())
             assert torch.equal(torch.cat([p.mask() for p in child.pieces(name)]), mask)
 

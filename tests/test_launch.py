@@ -226,6 +226,8 @@ def test_hugging_face_trainer(folder: Path, stage: int) -> None:
     assert answer["density"] == pytest.approx(0.3, abs=1e-3)
     assert answer["outside moved"] == 0
     assert answer["inside moved"] > 0.5
+    assert answer["resumed step"] == 3
+    assert answer["resumed differs in"] == []
 
 
 # ---------------------------------------------------------------- the shipped configs

@@ -15,6 +15,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import ds_childtune
@@ -23,14 +24,19 @@ import ds_childtune
 class ChildTuning(TrainerCallback):
     """Attach before the first step, when the engine exists."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, resume_from: str | None = None) -> None:
         self.trainer = trainer
+        self.resume_from = resume_from
         self.child: Any = None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         engine = self.trainer.model_wrapped
         self.child = ds_childtune.attach(engine)
-        self.child.select(self.trainer.get_train_dataloader())
+        if self.resume_from is None:
+            self.child.select(self.trainer.get_train_dataloader())
+        else:
+            # The Trainer has loaded it too, before the child was there.
+            engine.load_checkpoint(self.resume_from)
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -59,20 +65,28 @@ def main(folder: Path, stage: int, result: Path) -> None:
         use_cpu=True,
         deepspeed=config,
         report_to=[],
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=2,
         disable_tqdm=True,
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "bert")
     rows = datasets.load_dataset("json", data_files=str(folder / "train.jsonl"), split="train")
     rows = rows.map(lambda row: tokenizer(row["text"]) | {"labels": row["label"]}, remove_columns=rows.column_names)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "bert", num_labels=2)
-    before = weights(model)
-    trainer = Trainer(model, args, train_dataset=rows, data_collator=transformers.DataCollatorWithPadding(tokenizer))
-    callback = ChildTuning(trainer)
-    trainer.add_callback(callback)
-    trainer.train()
 
-    child = callback.child
+    def train(resume_from: str | None) -> tuple[Trainer, Any, dict[str, torch.Tensor]]:
+        """A Trainer that is done, its child, and the weights that it began with."""
+        transformers.set_seed(0)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "bert", num_labels=2)
+        before = weights(model)
+        trainer = Trainer(
+            model, args, train_dataset=rows, data_collator=transformers.DataCollatorWithPadding(tokenizer)
+        )
+        callback = ChildTuning(trainer, resume_from)
+        trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=resume_from)
+        return trainer, callback.child, before
+
+    trainer, child, before = train(None)
     masks = {p.name: child.gather_mask(p.name) for p in child.report().parameters}
     moved = {name: weight != before[name] for name, weight in weights(trainer.model).items()}
     answer = {
@@ -82,9 +96,16 @@ def main(folder: Path, stage: int, result: Path) -> None:
         "inside moved": sum(int((moved[name] & mask).sum()) for name, mask in masks.items())
         / sum(int(mask.sum()) for mask in masks.values()),
     }
+    child.detach()
+    whole = weights(trainer.model)
+    AcceleratorState._reset_state()  # it allows for one DeepSpeed run in a process
+    trainer, child, _ = train(f"{args.output_dir}/checkpoint-2")
+    resumed = weights(trainer.model)
+    answer["resumed differs in"] = [name for name in whole if not torch.equal(whole[name], resumed[name])]
+    answer["resumed step"] = child.step
+    child.detach()
     if dist.get_rank() == 0:
         result.write_text(json.dumps(answer))
-    child.detach()
     dist.destroy_process_group()
 
 
