@@ -145,3 +145,29 @@ def failing(setup: Setup) -> tuple[Weights, Weights]:
 def test_after_a_selection_that_fails_the_old_child_trains_on(pool: RankPool, name: str) -> None:
     for failed, undisturbed in pool[2].run(failing, SETUPS[name]):
         assert all(torch.equal(failed[n], w) for n, w in undisturbed.items())
+
+
+def between_micro_batches(setup: Setup) -> list[str]:
+    """What `detach` and `select` say in the middle of an accumulation; and they work right after its step."""
+    with engine_of(setup) as engine:
+        block = {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": "compact", "selector": "magnitude"}
+        child = ds_childtune.attach(engine, block)
+        child.select()
+        first, second = share(batches(setup.family, 4, seed=0))
+        train_step(engine, [first])
+        said = []
+        for call in (child.detach, child.select):
+            with pytest.raises(RuntimeError) as error:
+                call()
+            said.append(str(error.value))
+        train_step(engine, [second])
+        child.select()
+        child.detach()
+    return said
+
+
+@pytest.mark.parametrize("name", ["deep-zero1", "deep-zero3"])
+def test_not_in_the_middle_of_an_accumulation(pool: RankPool, name: str) -> None:
+    for said in pool[2].run(between_micro_batches, SETUPS[name]):
+        assert [message.partition(":")[0] for message in said] == ["detach", "select"]
+        assert all("between a micro-batch and its optimizer step" in message for message in said)
