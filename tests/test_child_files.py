@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
+import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -116,6 +120,44 @@ def test_writing_again_replaces_the_child_in_one_instant(tmp_path: Path) -> None
     assert not {name for name in before if name != "child.json"} & set(after)
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
     assert len(modes) == 1, "others may read all files or none"
+
+
+def killed_while_writing(folder: Path, count: int) -> bool:
+    """Write other masks in a process that kills itself before its `count`-th change of a file. False when it comes to its end."""
+
+    def audit(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal count
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod"):
+            count -= 1
+            if count == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    with warnings.catch_warnings():
+        # Newer Pythons warn of threads: those of torch, for which nothing is left to do here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process = os.fork()
+    if process == 0:
+        sys.addaudithook(audit)
+        write(folder, {"w": torch.arange(9) % 3 == 0}, [4], torch.float32)
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(process, 0)[1])
+
+
+def test_a_writer_that_is_killed_anywhere_leaves_a_whole_child(tmp_path: Path) -> None:
+    """The one that was there before, or its own; and the next writer leaves no litter."""
+    seen = []
+    count = 1
+    while True:
+        write(tmp_path, {"w": torch.arange(9) % 2 == 0}, [4], torch.float32)
+        assert sum(1 for _ in tmp_path.iterdir()) == 3
+        if not killed_while_writing(tmp_path, count):
+            break
+        seen.append(open_child(tmp_path).kept("w"))
+        count += 1
+    assert len(seen) > 15
+    assert set(seen) == {5, 3}, "vacuous: killed on one side of the commit alone"
+    assert seen == sorted(seen, reverse=True)
 
 
 def test_a_file_of_another_machine_is_missed_before_the_manifest(tmp_path: Path) -> None:

@@ -44,7 +44,6 @@ KILLS = {
     "F": [
         Kill("torch.save", 1.0),
         Kill("torch.save", 0.5, rank=1, everyone=True),
-        Kill("step", 0.5, everyone=True),
         Kill("file", 0.95, everyone=True),
         Kill("file", 0.9, everyone=True),
     ],
@@ -70,10 +69,7 @@ def test_killed_and_started_again(mode: str, tmp_path: Path) -> None:
 def test_a_short_soak(tmp_path: Path) -> None:
     """`python -m tests.soak` for long ones."""
     tally = Tally()
-    for seed in (3, 5):
-        folder = tmp_path / str(seed)
-        folder.mkdir()
-        soak(folder, seed, tally, steps=8)
+    soak(tmp_path, 5, tally, steps=8)
     assert tally.kills, "vacuous: nobody was killed"
     assert tally.moves, "vacuous: never at another world size or stage"
     assert tally.mismatches == 0

@@ -97,9 +97,13 @@ CHAINS = {
     "sub-groups": (Place(2, 3, 40), Place(2, 3, 10**9), Place(2, 1)),
 }
 CELLS = [
-    *(("1-2-4-1", mode, bf16) for mode in BLOCKS for bf16 in (False, True)),
-    *(("zero0", mode, False) for mode in ("D", "D-compact")),
-    *(("zero0-alone", mode, True) for mode in ("D", "D-compact")),
+    ("1-2-4-1", "F", False),
+    ("1-2-4-1", "F", True),
+    ("1-2-4-1", "D", False),
+    ("1-2-4-1", "D-compact", False),
+    ("1-2-4-1", "D-compact", True),
+    ("zero0", "D-compact", False),
+    ("zero0-alone", "D", True),
     ("sub-groups", "F", False),
     ("sub-groups", "D-compact", True),
 ]
@@ -147,7 +151,7 @@ def with_other_frozen_weights(setup: Setup, folder: str, changed: bool) -> tuple
         return model_weights(engine), engine.module.seen.item()
 
 
-@pytest.mark.parametrize(("came", "goes"), [((2, 3), (1, 2)), ((2, 3), (1, 3)), ((1, 1), (2, 3)), ((1, 0), (2, 2))])
+@pytest.mark.parametrize(("came", "goes"), [((2, 3), (1, 2)), ((1, 1), (2, 3))])
 def test_frozen_weights_and_buffers_move_too(
     pool: RankPool, came: tuple[int, int], goes: tuple[int, int], tmp_path: Path
 ) -> None:
