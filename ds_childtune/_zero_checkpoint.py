@@ -253,6 +253,21 @@ def _read(path: Path, *, trusted: bool) -> dict[str, Any]:
 # ---------------------------------------------------------------- loading into another layout
 
 
+def check_elsewhere(engine: Engine, run: SavedRun, layout: Layout, shards: Sequence[FlatShard]) -> None:
+    """Raise ValueError when a checkpoint lacks what `load_elsewhere` will look for. Changes nothing, and has no collectives."""
+    for shard in shards:
+        for fragment in shard.fragments:
+            for piece in layout.find(fragment):
+                run.weights(piece.source)
+    run.model_states()
+    saved, here = len(run.base_state(0)["param_groups"]), len(_zero.base_optimizer(engine).param_groups)
+    if saved != here:
+        raise ValueError(
+            f"load_checkpoint: expected {saved} param groups, as in the checkpoint {run.folder}, got {here}."
+            " Remedy: give the optimizer the same groups."
+        )
+
+
 def load_elsewhere(
     engine: Engine,
     run: SavedRun,

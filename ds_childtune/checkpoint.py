@@ -272,7 +272,9 @@ class Checkpoints:
         if weights_alone or not carried:
             self._check_no_fixed_child(load_dir, weights_alone)
             tell(f"ds_childtune: {load_dir} {name}: loading DeepSpeed's part alone, without a child")
-            return load_as_deepspeed_does()
+            loaded = load_as_deepspeed_does()
+            self._resume(Resumed(self._read().progress, None))
+            return loaded
 
         assert name is not None
         child, record = self._opened(folder, name)
@@ -367,6 +369,7 @@ class Checkpoints:
             layout = Layout(shard for file in record.ranks for shard in read_layout(child.folder / file.name))
             files = {(file.what, file.rank): file.name for file in record.deepspeed}
             run = _zero_checkpoint.SavedRun(here, record.optimizer, files)
+            _zero_checkpoint.check_elsewhere(self._engine, run, layout, self._shards)
         return _zero_checkpoint.load_elsewhere(
             self._engine,
             run,
