@@ -107,6 +107,11 @@ class Arguments:
         Path(__file__).parents[1] / "ds_configs" / "zero3_child_d.json"
     )
     output: Annotated[Path | None, _help("Folder for the tuned model, in transformers' format.")] = None
+    export: Annotated[Path | None, _help("Folder for the child's values alone, see docs/child_files.md.")] = None
+    checkpoints: Annotated[
+        Path | None, _help("Folder of checkpoints; the same command goes on from the last whole one.")
+    ] = None
+    save_every: Annotated[int, _help("Steps between checkpoints.")] = 500
     results: Annotated[Path | None, _help("File to which one JSON line is added.")] = None
     compare: Annotated[bool, _help("Train plain first, then the child, and print both.")] = False
 
@@ -120,6 +125,7 @@ class Arguments:
             ("epochs", self.epochs),
             ("max_steps", self.max_steps),
             ("train_limit", self.train_limit),
+            ("save_every", self.save_every),
         ):
             if positive is not None and positive <= 0:
                 raise ValueError(f"--{name.replace('_', '-')}: expected more than 0, got {positive}.")
@@ -506,15 +512,19 @@ def to_device(batch: Batch, engine: Any) -> Batch:
 
 
 def train(engine: Any, rows: Dataset, collate: Collate, steps: int, args: Arguments) -> float:
-    """`steps` optimizer steps; this rank takes its slice of every micro-batch. Returns the last loss."""
+    """Up to `steps` optimizer steps; this rank takes its slice of every micro-batch. Returns the last loss."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     size = engine.train_micro_batch_size_per_gpu()
     micro_batches = training_batches(rows, size * world_size, args.seed, group_by_length=args.group_by_length)
-    torch.manual_seed(args.seed * world_size + rank)  # dropout: from here on the same for every method
+    done = engine.global_steps
+    if done == 0:  # else the checkpoint has brought its own
+        torch.manual_seed(args.seed * world_size + rank)  # dropout: from here on the same for every method
+    for _ in range(done * engine.gradient_accumulation_steps()):
+        next(micro_batches)
     engine.train()
     loss = torch.zeros(())
-    with tqdm(total=steps, desc="Training", unit=" steps", disable=rank != 0) as bar:
-        for step in range(steps):
+    with tqdm(total=steps, initial=done, desc="Training", unit=" steps", disable=rank != 0) as bar:
+        for step in range(done, steps):
             for _ in range(engine.gradient_accumulation_steps()):
                 mine = next(micro_batches)[rank * size : (rank + 1) * size]
                 loss = engine(**to_device(collate([rows[i] for i in mine]), engine)).loss
@@ -523,6 +533,8 @@ def train(engine: Any, rows: Dataset, collate: Collate, steps: int, args: Argume
             bar.update()
             if step % 10 == 0:  # reading the loss waits for the device
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            if args.checkpoints is not None and (step + 1) % args.save_every == 0:
+                engine.save_checkpoint(str(args.checkpoints))
     return loss.item()
 
 
@@ -613,10 +625,13 @@ def run(args: Arguments) -> dict[str, Any]:
     model = load_model(args, config, data.labels, tokenizer.pad_token_id)
     engine = start_engine(args, config, model, steps)
 
-    child, report = None, None
+    child, report, resumed = None, None, None
     if "child_tuning" in config:
         child = ds_childtune.attach(engine)
-        if child.config.mode == "ChildTuning-D":
+    if args.checkpoints is not None:
+        resumed, _ = engine.load_checkpoint(str(args.checkpoints))
+    if child is not None:
+        if child.config.mode == "ChildTuning-D" and resumed is None:
             size = args.calibration_batch_size or engine.train_micro_batch_size_per_gpu()
             batches = calibration_batches(data.train, collate, size, group_by_length=args.group_by_length)
             report = child.select(batches)
@@ -632,6 +647,8 @@ def run(args: Arguments) -> dict[str, Any]:
     }
     if args.output is not None:
         save(engine, tokenizer, args.output)
+    if child is not None and args.export is not None:
+        child.export(args.export)
 
     seconds |= {
         "evaluation": time.perf_counter() - trained - seconds["training"],
@@ -726,7 +743,9 @@ def summary(results: Sequence[dict[str, Any]]) -> Table:
 
 def main(args: Arguments) -> None:
     """The command: one run, or two to compare."""
-    methods = [replace(args, method="plain", output=None, compare=False), args] if args.compare else [args]
+    methods = (
+        [replace(args, method="plain", output=None, checkpoints=None, compare=False), args] if args.compare else [args]
+    )
     with processes():
         say(summary([run(a) for a in methods]))
 

@@ -201,13 +201,26 @@ def aliases(setup: Setup) -> list[list[bool]]:
     """Whether each flat shard lies where its parameters do: plain, attached, with a child, training, detached, training."""
     with engine_of(setup) as engine:
         seen: list[list[bool]] = []
+        optimizer = engine.optimizer
+
+        def flats() -> list[Tensor]:
+            return list(getattr(optimizer, "fp32_partitioned_groups_flat" if setup.stage == 3 else ZERO_TWO))
 
         def note() -> None:
-            optimizer = engine.optimizer
-            pairs = zip(flats, optimizer.fp16_partitioned_groups_flat, strict=True)
-            seen.append([flat.data_ptr() == lp.data_ptr() and flat.dtype == lp.dtype for flat, lp in pairs])
+            if setup.stage == 3:
+                lps = optimizer.fp16_partitioned_groups_flat
+            else:
+                lps = [partitions[dist.get_rank()] for partitions in optimizer.parallel_partitioned_bit16_groups]
+                mappings = [p._hp_mapping for p in engine.module.parameters() if getattr(p, "_hp_mapping", None)]
+                storages = {flat.untyped_storage().data_ptr() for flat in first}
+                assert {m.hp_fragment.untyped_storage().data_ptr() for m in mappings} <= storages, (
+                    "it keeps an old one alive"
+                )
+            seen.append(
+                [f.data_ptr() == lp.data_ptr() and f.dtype == lp.dtype for f, lp in zip(first, lps, strict=True)]
+            )
 
-        flats = list(engine.optimizer.fp32_partitioned_groups_flat)
+        first = flats()
         train_step(engine, share(setup, 2, 4))
         note()
         child = ds_childtune.attach(engine, {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": "compact"})
@@ -218,17 +231,23 @@ def aliases(setup: Setup) -> list[list[bool]]:
         note()
         child.detach()
         note()
-        assert all(a is b for a, b in zip(flats, engine.optimizer.fp32_partitioned_groups_flat, strict=True))
+        assert all(a is b for a, b in zip(first, flats(), strict=True))
         train_step(engine, share(setup, 1, 4))
         note()
     return seen
 
 
+ZERO_TWO = "single_partition_of_fp32_groups"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("name", ["fp32", "bf16", "bf16-masters"])
-def test_a_deep_child_keeps_no_second_copy_of_the_parameters(pool: RankPool, name: str) -> None:
-    setup = replace(CASES["zero3-sub-groups"].setup, bf16=name != "fp32", bf16_masters=name == "bf16-masters")
+def test_a_deep_child_keeps_no_second_copy_of_the_parameters(pool: RankPool, name: str, stage: int) -> None:
+    setup = replace(
+        CASES["zero3-sub-groups"].setup, stage=stage, bf16=name != "fp32", bf16_masters=name == "bf16-masters"
+    )
     for plain, attached, chosen, trained, detached, after in pool[2].run(aliases, setup):
-        assert len(plain) > 2
+        assert len(plain) > (2 if stage == 3 else 1)
         assert all(chosen)
         assert all(trained)
         assert all(attached) == (name != "bf16")

@@ -25,6 +25,8 @@ GOOD: dict[str, Any] = {"mode": "ChildTuning-D", "reserve_p": 0.2}
         ({"fisher": {"max_batches": 0}}, ["child_tuning.fisher.max_batches", "0"]),
         ({"include": []}, ["include", "empty"]),
         ({"mode": "ChildTuning-F", "compat": "original"}, ["compat", "no effect"]),
+        ({"mode": "ChildTuning-F", "clip": "child"}, ["clip", "no effect"]),
+        ({"clip": "whole"}, ["child_tuning.clip", "whole", "dense"]),
     ],
 )
 def test_errors_name_key_value_and_remedy(change: dict[str, Any], words: list[str]) -> None:

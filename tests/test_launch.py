@@ -21,6 +21,7 @@ from typing import Any
 import deepspeed
 import psutil
 import pytest
+import torch
 import torch.distributed as dist
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -126,6 +127,10 @@ def only_result(path: Path) -> dict[str, Any]:
     return json.loads(lines[0])  # type: ignore[no-any-return]
 
 
+def checkpoints(folder: Path) -> list[str]:
+    return ["--checkpoints", f"{folder}/checkpoints", "--save-every", "3"]
+
+
 @pytest.fixture(scope="module")
 def one_node(folder: Path) -> dict[str, Any]:
     """Two ranks under one launcher, on a machine without a compiler; the tuned model is saved."""
@@ -138,7 +143,7 @@ def one_node(folder: Path) -> dict[str, Any]:
     path = os.pathsep.join([str(BIN), str(no_compiler)])
     assert shutil.which("g++", path=path) is None
     results = folder / "one_node.jsonl"
-    arguments = job(folder, results, "--output", f"{folder}/tuned")
+    arguments = job(folder, results, "--output", f"{folder}/tuned", "--export", f"{folder}/child", *checkpoints(folder))
     output = launch(folder, *arguments, PATH=path, CXX="/no/compiler", CC="/no/compiler")
     assert "accuracy" in output
     assert "density" in output
@@ -158,6 +163,24 @@ def test_one_node_without_a_compiler(one_node: dict[str, Any], folder: Path) -> 
     assert one_node["seconds"]["fisher"] > 0
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "tuned")
     assert model.num_labels == 2
+
+
+def test_the_same_command_goes_on_from_the_last_checkpoint(one_node: dict[str, Any], folder: Path) -> None:
+    """Which is of step 3 of 4: the last step, again, ends where the first run did."""
+    results = folder / "resumed.jsonl"
+    output = launch(folder, *job(folder, results, *checkpoints(folder)))
+    resumed = only_result(results)
+    assert same_training(resumed, one_node)
+    assert resumed["seconds"]["fisher"] == 0, "vacuous: the child was chosen again"
+    assert "Fisher" not in output
+
+
+def test_the_exported_child_makes_the_tuned_model(one_node: dict[str, Any], folder: Path) -> None:
+    tuned = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "tuned")
+    applied = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "bert", num_labels=2)
+    ds_childtune.apply_child(applied, folder / "child")
+    for name, value in tuned.state_dict().items():
+        assert torch.equal(value, applied.state_dict()[name]), name
 
 
 def test_two_nodes_without_ssh(one_node: dict[str, Any], folder: Path) -> None:
