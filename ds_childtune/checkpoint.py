@@ -15,14 +15,12 @@ from typing import Any
 from deepspeed import comm as dist
 from torch import Tensor
 
-from ds_childtune import _zero, _zero_checkpoint, tag_folder
+from ds_childtune import _zero, _zero_checkpoint, _zero_elastic, tag_folder
 from ds_childtune._ranks import check_same, gather_objects, raise_together, raising_together, tell
 from ds_childtune._version import __version__
+from ds_childtune._zero_files import SavedRun
 from ds_childtune.child_checkpoint import (
     KIND,
-    DeepSpeedFile,
-    Progress,
-    RunRecord,
     check_config,
     check_model,
     hidden_state,
@@ -43,6 +41,7 @@ from ds_childtune.layout import Layout
 from ds_childtune.policies import DenseChild, TaskFreeChild
 from ds_childtune.random_states import read_random_states, write_random_states
 from ds_childtune.rank_file import read_layout, read_states, write_rank_file
+from ds_childtune.run_record import DeepSpeedFile, Progress, RunRecord
 from ds_childtune.shards import FlatShard
 
 Policy = TaskFreeChild | DenseChild | CompactChild
@@ -272,7 +271,9 @@ class Checkpoints:
         if weights_alone or not carried:
             self._check_no_fixed_child(load_dir, weights_alone)
             tell(f"ds_childtune: {load_dir} {name}: loading DeepSpeed's part alone, without a child")
-            return load_as_deepspeed_does()
+            loaded = load_as_deepspeed_does()
+            self._resume(Resumed(self._read().progress, None))
+            return loaded
 
         assert name is not None
         child, record = self._opened(folder, name)
@@ -366,8 +367,9 @@ class Checkpoints:
         with raising_together():
             layout = Layout(shard for file in record.ranks for shard in read_layout(child.folder / file.name))
             files = {(file.what, file.rank): file.name for file in record.deepspeed}
-            run = _zero_checkpoint.SavedRun(here, record.optimizer, files)
-        return _zero_checkpoint.load_elsewhere(
+            run = SavedRun(here, record.optimizer, files)
+            _zero_elastic.check_elsewhere(self._engine, run, layout, self._shards)
+        return _zero_elastic.load_elsewhere(
             self._engine,
             run,
             layout,

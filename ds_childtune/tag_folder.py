@@ -1,10 +1,10 @@
 """The folder of one checkpoint, `save_dir/tag`: there whole, or not there.
 
 [Note: a tag appears whole]
-Everything is written into the sibling `.tag.partial`. When every rank has put its files on disk, one rename gives the folder its name,
-and `latest` is replaced after that, atomically too. So whatever is killed, and whenever: `latest` names a whole checkpoint, and a
-folder that lacks its manifest is never taken for one. Where a tag is written again, the old folder steps aside to `.tag.old` for the
-length of two renames; `recover` undoes the first if the second never came.
+Everything is written into the sibling `.tag.child-partial`. When every rank has put its files on disk, one rename gives the
+folder its name, and `latest` is replaced after that, atomically too. So whatever is killed, and whenever: `latest` names a whole
+checkpoint, and a folder that lacks its manifest is never taken for one. Where a tag is written again, the old folder steps aside to
+`.tag.child-old` for the length of two renames; `recover` undoes the first if the second never came.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ _LONGEST = 4096
 """Bytes of a path."""
 CHILD = "child"
 """The library's own subfolder of a tag."""
+_PARTIAL, _OLD = ".child-partial", ".child-old"
+"""Endings that nobody else gives to a folder: what has one may be removed."""
 
 
 def checked_tag(tag: object) -> str:
@@ -43,11 +45,11 @@ def checked_tag(tag: object) -> str:
 def partial_tag(tag: str) -> str:
     """The tag under which files are written until they are all there."""
     path = PurePath(tag)
-    return str(path.with_name(f".{path.name}.partial"))
+    return str(path.with_name(f".{path.name}{_PARTIAL}"))
 
 
 def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
+    return folder.with_name(f".{folder.name}{_OLD}")
 
 
 def sync_file(path: Path) -> None:
@@ -60,10 +62,10 @@ def prepare(save_dir: Path, tag: str) -> None:
     """Before a save, on one rank: undo a rename that was cut off, and remove what writers that were killed have left."""
     recover(save_dir, tag)
     for place in {save_dir, (save_dir / tag).parent}:
-        for left in place.glob(".*.partial"):
+        for left in place.glob(f".*{_PARTIAL}"):
             shutil.rmtree(left)
-        for left in place.glob(".*.old"):
-            if left.with_name(left.name[1 : -len(".old")]).exists():
+        for left in place.glob(f".*{_OLD}"):
+            if left.with_name(left.name[1 : -len(_OLD)]).exists():
                 shutil.rmtree(left)
 
 

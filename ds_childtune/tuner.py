@@ -19,7 +19,6 @@ from ds_childtune import _zero, _zero_clip, _zero_depth, _zero_reads
 from ds_childtune._calibration import LossFunction, default_loss, estimate_fisher
 from ds_childtune._ranks import check_same, device, gather_objects, raising_together, sum_over_ranks, tell
 from ds_childtune.checkpoint import Checkpoints, ChildState, Resumed
-from ds_childtune.child_checkpoint import Progress
 from ds_childtune.child_export import export_child
 from ds_childtune.child_shards import CompactChild
 from ds_childtune.config import ChildTuningConfig, parse_config
@@ -28,6 +27,7 @@ from ds_childtune.fisher import Fisher
 from ds_childtune.masks import random_scores
 from ds_childtune.policies import DenseChild, TaskFreeChild
 from ds_childtune.report import ParameterReport, Report
+from ds_childtune.run_record import Progress
 from ds_childtune.scores import Scores
 from ds_childtune.selection import BadScores, Cut, find_cut, mark_inside
 from ds_childtune.self_check import SelfCheck, judge

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_childtune import apply_child
+from ds_childtune import apply_child, run_record
 from ds_childtune import child_checkpoint as checkpoint
 from ds_childtune._version import __version__
 from ds_childtune.child_compare import compare
@@ -120,14 +120,14 @@ def write_checkpoint(folder: Path) -> None:
     file = write_pieces(own, 0, checkpoint.pieces(child, fragments, checkpoint.moment_keys(child)))
     assert file is not None
     rank_file = write_rank_file(own, 0, read_random_states(), [SavedShard.of(run.shard, 0, 0, 0)])
-    record = checkpoint.RunRecord(
-        checkpoint.Progress(3, 1),
+    record = run_record.RunRecord(
+        run_record.Progress(3, 1),
         True,
         1,
         "AdamW",
         "float32",
         (rank_file,),
-        (checkpoint.DeepSpeedFile.of(folder / "model.pt", 0, "model"),),
+        (run_record.DeepSpeedFile.of(folder / "model.pt", 0, "model"),),
     )
     shapes = {name: torch.Size([numel]) for name, numel in run.SIZES.items()}
     entries = checkpoint.parameter_entries(shapes, shapes, torch.float32)
@@ -140,7 +140,7 @@ def read_checkpoint(folder: Path) -> None:
     run = Run()
     read_latest(folder)
     opened = open_child(folder / "child", kind=checkpoint.KIND)
-    record = checkpoint.RunRecord.of(opened)
+    record = run_record.RunRecord.of(opened)
     record.check_files(folder, 0, 1)
     checkpoint.check_config(opened, run.CONFIG)
     shapes = {name: torch.Size([numel]) for name, numel in run.SIZES.items()}

@@ -360,6 +360,7 @@ PURE = (
     "layout",
     "tag_folder",
     "rank_file",
+    "run_record",
     "fingerprint",
     "child_compare",
 )
