@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,19 +16,18 @@ from torch.utils.hooks import RemovableHandle
 
 from ds_childtune import _zero, _zero_clip, _zero_depth, _zero_reads
 from ds_childtune._calibration import LossFunction, default_loss, estimate_fisher
-from ds_childtune._ranks import check_same, device, gather_objects, raising_together, sum_over_ranks, tell
+from ds_childtune._ranks import check_same, device, raising_together, sum_over_ranks, tell
 from ds_childtune.checkpoint import Checkpoints, ChildState, Resumed
 from ds_childtune.child_export import export_child
 from ds_childtune.child_shards import CompactChild
+from ds_childtune.choosing import ShardScores, cut_at, magnitudes, masks_inside, random_numbers, reverse_order
 from ds_childtune.config import ChildTuningConfig, parse_config
 from ds_childtune.eligible import eligible_names
 from ds_childtune.fisher import Fisher
-from ds_childtune.masks import random_scores
+from ds_childtune.gathering import count_kept, gather
 from ds_childtune.policies import DenseChild, TaskFreeChild
 from ds_childtune.report import ParameterReport, Report
 from ds_childtune.run_record import Progress
-from ds_childtune.scores import Scores
-from ds_childtune.selection import BadScores, Cut, find_cut, mark_inside
 from ds_childtune.self_check import SelfCheck, judge
 from ds_childtune.shards import FlatShard, Fragment, mark_eligible
 from ds_childtune.weight_decay import decay_style
@@ -163,7 +161,7 @@ class ChildTuner:
             for f, total in zip(shard.eligible, sums, strict=True)
             if f.name == name
         ]
-        return self._gather(name, values, torch.float32)
+        return gather(name, self._parameters.shapes[name], values, torch.float32)
 
     def select(self, batches: Iterable[Any] | None = None, loss_fn: LossFunction | None = None) -> Report:
         """Fix the child: exactly round(reserve_p * eligible) elements with the largest scores. A collective.
@@ -185,10 +183,11 @@ class ChildTuner:
         started = time.perf_counter()
         scores, terms = self._scores(batches, loss_fn)
         scored = time.perf_counter()
-        cut = self._cut(scores)
+        eligible = sum(self._parameters.shapes[name].numel() for name in self._eligible)
+        cut = cut_at(scores, sorted(self._eligible), eligible, self.config.reserve_p)
         self._earlier_children |= self._policy is not None and self.step > self._selected_at
         self._selected_at = self.step
-        self._policy = self._fixed_child(_masks(self._shards, scores, cut))
+        self._policy = self._fixed_child(masks_inside(self._shards, scores, cut))
         # The original lets weight decay move the complement: there is nothing to check then.
         self._self_check = SelfCheck() if self.config.compat is None else None
         chosen = time.perf_counter()
@@ -204,13 +203,13 @@ class ChildTuner:
         tell(str(self._report))
         return self._report
 
-    def _scores(self, batches: Iterable[Any] | None, loss_fn: LossFunction | None) -> tuple[list[list[Scores]], int]:
-        """What the selector maximises, for each flat shard's eligible fragments; and the terms of Fisher's mean."""
+    def _scores(self, batches: Iterable[Any] | None, loss_fn: LossFunction | None) -> tuple[ShardScores, int]:
+        """What the selector maximises, and the terms of Fisher's mean."""
         selector = self.config.selector
         if selector == "magnitude":
-            return self._score_each(lambda shard, f: f.of(shard.flat()).abs().float()), 0
+            return magnitudes(self._shards), 0
         if selector == "random":
-            return self._score_each(lambda s, f: random_scores(f, self.config.seed, device=s.tensor.device)), 0
+            return random_numbers(self._shards, self.config.seed), 0
         with raising_together():
             if batches is None:
                 raise ValueError(
@@ -220,30 +219,8 @@ class ChildTuner:
         assert batches is not None
         fisher = self.estimate_fisher(batches, loss_fn)
         if selector == "lowest_fisher":
-            for scores in itertools.chain(*fisher.sums):
-                scores.reverse_order()
+            reverse_order(fisher.sums)
         return fisher.sums, fisher.terms
-
-    def _score_each(self, score: Callable[[FlatShard, Fragment], Tensor]) -> list[list[Scores]]:
-        return [[Scores(f.name, f.param_start, score(s, f), f.counted) for f in s.eligible] for s in self._shards]
-
-    def _cut(self, scores: Sequence[Sequence[Scores]]) -> Cut:
-        """Where the child ends. A collective."""
-        eligible = sum(self._parameters.shapes[name].numel() for name in self._eligible)
-        k = round(self.config.reserve_p * eligible)
-        if k == 0:
-            raise ValueError(
-                f"child_tuning.reserve_p: {self.config.reserve_p} of {eligible} eligible elements rounds to none."
-                " Remedy: raise it, or make more parameters eligible."
-            )
-        try:
-            return find_cut(list(itertools.chain(*scores)), sorted(self._eligible), k, sum_over_ranks, device())
-        except BadScores as bad:
-            names = sorted(set().union(*gather_objects(bad.names)))
-            raise ValueError(
-                f"child selection: expected finite scores >= 0, got NaN, inf or negative ones in {', '.join(names[:5])}."
-                " Remedy: look for overflowing gradients in the calibration batches, or lower fisher.max_grad_norm."
-            ) from None
 
     def _fixed_child(self, masks: Iterable[Tensor]) -> DenseChild | CompactChild:
         """The child that trains from here on. Elements that stay keep their state."""
@@ -351,7 +328,8 @@ class ChildTuner:
         if isinstance(policy, TaskFreeChild):
             whole = Fragment(first, 0, 0, shape.numel())
             return policy.mask(whole, device(), self.step).view(shape)
-        return self._gather(first, self._fragment_masks(policy), torch.uint8).bool()
+        masks = ((f, policy.mask(s.tensor, f)) for s in self._shards for f in s.fragments if f.name == first)
+        return gather(first, shape, masks, torch.uint8).bool()
 
     def report(self) -> Report:
         """Eligible and kept elements and density, per parameter and in total. A collective.
@@ -365,33 +343,18 @@ class ChildTuner:
         assert self._report is not None
         return self._report
 
-    def _fragment_masks(self, child: DenseChild | CompactChild) -> list[tuple[Fragment, Tensor]]:
-        """Every fragment with its bool mask."""
-        return [(f, child.mask(s.tensor, f)) for s in self._shards for f in s.fragments]
+    def _fragment_masks(self, child: DenseChild | CompactChild) -> Iterator[tuple[Fragment, Tensor]]:
+        """Every fragment with its bool mask, one at a time."""
+        return ((f, child.mask(s.tensor, f)) for s in self._shards for f in s.fragments)
 
     def _count(self, masks: Iterable[tuple[Fragment, Tensor]]) -> tuple[ParameterReport, ...]:
-        """Kept elements of every trainable parameter. A collective."""
-        position = {name: i for i, name in enumerate(self._parameters.by_name)}
-        kept = torch.zeros(len(position), dtype=torch.int64, device=device())
-        for fragment, mask in masks:
-            if fragment.counted and fragment.eligible:
-                kept[position[fragment.name]] += mask.sum().to(kept.device)
-        sum_over_ranks(kept)
+        """Every trainable parameter. A collective."""
+        names = list(self._parameters.by_name)
+        numels = [self._parameters.shapes[name].numel() for name in names]
         return tuple(
-            ParameterReport(name, numel, numel if name in self._eligible else 0, count)
-            for (name, count) in zip(position, kept.tolist(), strict=True)
-            for numel in [self._parameters.shapes[name].numel()]
+            ParameterReport(name, numel, numel if name in self._eligible else 0, kept)
+            for name, numel, kept in zip(names, numels, count_kept(names, masks), strict=True)
         )
-
-    def _gather(self, name: str, values: Iterable[tuple[Fragment, Tensor]], dtype: torch.dtype) -> Tensor:
-        """One parameter's values, whole, on every rank. Each element is counted once, so a sum puts them together."""
-        shape = self._parameters.shapes[name]
-        whole = torch.zeros(shape.numel(), dtype=dtype, device=device())
-        for fragment, value in values:
-            if fragment.name == name and fragment.counted:
-                whole[fragment.param_start : fragment.param_start + fragment.numel] = value.to(whole.device, dtype)
-        sum_over_ranks(whole)
-        return whole.view(shape)
 
     def _first_name(self, name: str) -> str:
         if name not in self._parameters.aliases:
@@ -504,16 +467,3 @@ class ChildTuner:
             handle.remove()
         self._handles.clear()
         self.engine.child_tuner = None
-
-
-def _masks(shards: Sequence[FlatShard], scores: list[list[Scores]], cut: Cut) -> Iterator[Tensor]:
-    """The child's mask for each flat shard: bool 1-D, True outside eligible fragments too.
-
-    One shard at a time, and its scores are let go: they are what a Fisher pass costs.
-    """
-    for i, shard in enumerate(shards):
-        mask = torch.ones(shard.numel, dtype=torch.bool, device=shard.tensor.device)
-        for fragment, of_fragment in zip(shard.eligible, scores[i], strict=True):
-            mark_inside(of_fragment, cut, fragment.of(mask))
-        scores[i] = []
-        yield mask

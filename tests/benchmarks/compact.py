@@ -81,7 +81,7 @@ def job(args: argparse.Namespace) -> None:
     from deepspeed.accelerator import get_accelerator
 
     import ds_childtune
-    from ds_childtune import tuner
+    from ds_childtune import choosing
     from tests.benchmarks import llama, memory
 
     config, block = contender(args.job)
@@ -113,7 +113,7 @@ def job(args: argparse.Namespace) -> None:
         child = ds_childtune.attach(engine, block)
         found: list[Any] = []
         with timeline.phase("Fisher"):
-            find_cut = tuner.find_cut
+            find_cut = choosing.find_cut
 
             def cut_then_next_phase(*arguments: Any) -> Any:
                 timeline.peaks["Fisher"] = memory.status("VmHWM") - timeline.base
@@ -124,9 +124,9 @@ def job(args: argparse.Namespace) -> None:
                 found.append(timeline.peaks["Fisher"])
                 return cut
 
-            tuner.find_cut = cut_then_next_phase  # type: ignore[assignment]
+            choosing.find_cut = cut_then_next_phase  # type: ignore[assignment]
             report = child.select([batch] * args.calibration)
-            tuner.find_cut = find_cut
+            choosing.find_cut = find_cut
         timeline.peaks["compaction"], timeline.peaks["Fisher"] = timeline.peaks["Fisher"], found[0]
         timeline.resident["compaction"] = timeline.resident.pop("Fisher")
         timeline.live["compaction"] = timeline.live.pop("Fisher")
