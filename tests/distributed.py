@@ -161,8 +161,6 @@ def _serve(rank: int, world_size: int, folder: str, pipe: connection.Connection)
         # Longer than any case: it is the parent who notices a hang, and says where.
         limit = timedelta(seconds=10 * CASE_SECONDS)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
-        gc.collect()
-        gc.freeze()  # modules stay: collecting after every case need not walk through them
         while (job := pickle.loads(pipe.recv_bytes())) is not None:
             pipe.send_bytes(_outcome(*job))
         dist.destroy_process_group()
@@ -176,6 +174,9 @@ def _outcome(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         return pickle.dumps((True, traceback.format_exc()))
     finally:
         gc.collect()
+        # What is left are modules, above all. Engines are collected more than once in every case, by DeepSpeed too: half a second
+        # each if they had to walk through those.
+        gc.freeze()
 
 
 def _set_environment(rank: int, world_size: int) -> None:
