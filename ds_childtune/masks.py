@@ -154,13 +154,16 @@ def _mask_and_scale(grad: Tensor, lane: Tensor, key: Tensor, limit: int, scale: 
     return grad.copy_(torch.where(_bits(row[:, None] + lane, key) <= limit, grad * scale, 0.0))
 
 
-def _fold(numel: int) -> list[tuple[int, int]]:
-    """(rows, lanes) of one fold or two, the second being a rest, that cover `numel` elements."""
-    lanes = math.gcd(numel, _LANES)
-    if lanes >= _FEW_LANES or numel <= _LANES:
-        return [(numel // lanes, lanes)] if lanes >= _FEW_LANES else [(1, numel)]
-    rows, rest = divmod(numel, _LANES)
-    return [(rows, _LANES), (1, rest)]
+def _fold(numel: int) -> tuple[int, int]:
+    """(rows, lanes) of a fold of all `numel` elements, or of all but fewer than 2 * `_LANES` at the end.
+
+    At least two rows, or none: the compiler makes a kernel of its own for sizes of 0 and 1, and gives up after a few kernels.
+    """
+    lanes = min(math.gcd(numel, _LANES), numel // 2)
+    if lanes < _FEW_LANES:
+        lanes = _LANES
+    rows = numel // lanes
+    return (rows, lanes) if rows > 1 else (0, lanes)
 
 
 def _eager_kernel(grad: Tensor, key: Tensor, limit: int, scale: float) -> None:
@@ -193,35 +196,47 @@ def mask_kernel(device_type: str, dtype: torch.dtype, *, allow_compile: bool = T
     """
     if not allow_compile:
         return _eager_kernel
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
     try:
         compiled = torch.compile(_mask_and_scale, fullgraph=True, dynamic=True)
         lane = torch.arange(_LANES, dtype=torch.int32, device=torch.device(device_type))
 
         def fused(grad: Tensor, key: Tensor, limit: int, scale: float) -> None:
-            begin = 0
-            for rows, lanes in _fold(grad.numel()):
-                part = grad.narrow(0, begin, rows * lanes).view(rows, lanes)
-                # An index is one more than its predecessor, so a fold's begin goes into the increment.
-                start = torch.stack([key[0] + key[1] * begin, key[1]]) if begin else key
-                compiled(part, lane[:lanes], start, limit, scale)
-                begin += rows * lanes
+            rows, lanes = _fold(grad.numel())
+            done = rows * lanes
+            if rows:
+                try:
+                    with torch.no_grad():  # one of the states that a compiled kernel is tied to
+                        compiled(grad.narrow(0, 0, done).view(rows, lanes), lane[:lanes], key, limit, scale)
+                except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+                    # Raised before the kernel runs; a state that differs from step to step is no reason to end a run.
+                    _warn_of_eager(device_type, error)
+                    done = 0
+            if done < grad.numel():
+                # An index is one more than its predecessor, so where the rest begins goes into the increment.
+                _eager_kernel(grad[done:], torch.stack([key[0] + key[1] * done, key[1]]), limit, scale)
 
         _check_kernel(fused, torch.device(device_type), dtype)
     except Exception as error:
-        warnings.warn(
-            f"ChildTuning-F: torch.compile found no working compiler for {device_type} ({_first_line(error)}); masks are"
-            " drawn by the slower eager kernel, with the same bits. Remedy: install a C++ compiler (CPU) or Triton (GPU).",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        _warn_of_eager(device_type, error)
         return _eager_kernel
     return fused
+
+
+def _warn_of_eager(device_type: str, error: Exception) -> None:
+    warnings.warn(
+        f"ChildTuning-F: torch.compile found no working compiler for {device_type} ({_first_line(error)}); masks are"
+        " drawn by the slower eager kernel, with the same bits. Remedy: install a C++ compiler (CPU) or Triton (GPU).",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _check_kernel(kernel: MaskKernel, device: torch.device, dtype: torch.dtype) -> None:
     """Raise unless `kernel` gives the eager kernel's bits on a gradient with several sizes and a scalar tail."""
     key = torch.tensor([0x1234567, -0x7654321], dtype=torch.int32, device=device)
-    for numel in (3 * _LANES + 2, 2 * _FEW_LANES, 3):
+    for numel in (3 * _LANES + 2, 3 * _FEW_LANES, 3):
         grad = torch.linspace(-1, 1, numel, dtype=torch.float32, device=device).to(dtype)
         got, expected = grad.clone(), grad.clone()
         kernel(got, key, keep_limit(0.3), 1 / 0.3)

@@ -76,3 +76,32 @@ def test_kernels_are_bit_identical_and_match_the_mask(dtype: torch.dtype, numel:
     mask = masks.bernoulli_mask(fragment, 3, 7, 0.4, device=CPU)
     assert torch.equal(fused, eager)
     assert torch.equal(fused, torch.where(mask, grad * (1 / 0.4), 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_kernel_serves_every_size(dtype: torch.dtype) -> None:
+    """torch.compile gives up after a few recompilations: no size, place in a shard or reserve_p may cost one."""
+    kernel, eager = masks.mask_kernel("cpu", dtype), masks.mask_kernel("cpu", dtype, allow_compile=False)
+    key = torch.tensor([[9, 9], [1, 3]], dtype=torch.int32)[1]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for numel in (1, 2, 63, 64, 100, 128, 192, 384, 4096, 4097, 64 * 64, 4096 * 64, 3 * 4096 + 64, 100_003):
+            for start in (0, 1, 64):
+                for p in (0.1, 0.5, 1.0):
+                    got, expected = torch.ones(start + numel, dtype=dtype), torch.ones(start + numel, dtype=dtype)
+                    kernel(got[start:], key, masks.keep_limit(p), 1 / p)
+                    eager(expected[start:], key, masks.keep_limit(p), 1 / p)
+                    assert torch.equal(got, expected)
+
+
+def test_a_compiler_that_gives_up_in_a_run_is_replaced() -> None:
+    kernel = masks.mask_kernel("cpu", torch.float64)
+    key = torch.tensor([1, 3], dtype=torch.int32)
+    got, expected = torch.ones(8192, dtype=torch.float64), torch.ones(8192, dtype=torch.float64)
+    masks.mask_kernel("cpu", torch.float64, allow_compile=False)(expected, key, masks.keep_limit(0.3), 1 / 0.3)
+    torch._dynamo.reset()
+    with (
+        torch._dynamo.config.patch(recompile_limit=0),
+        pytest.warns(RuntimeWarning, match="eager kernel"),
+    ):
+        kernel(got, key, masks.keep_limit(0.3), 1 / 0.3)
+    assert torch.equal(got, expected)
