@@ -238,7 +238,9 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any] | str:
             if out.exists():
                 return json.loads(out.read_text()) | {"highest": highest}
             log.seek(0)
-            return why or f"ended with {process.returncode}: {log.read()[-1500:]}"
+            print(log.read()[-1500:], file=sys.stderr)
+            # The launcher's code of a rank that the kernel killed for memory: -9, as an unsigned byte.
+            return why or ("out of memory" if process.returncode == 247 else f"ended with {process.returncode}")
 
 
 def spread(values: list[float], form: str) -> str:
