@@ -187,7 +187,8 @@ class ChildTuner:
         cut = cut_at(scores, sorted(self._eligible), eligible, self.config.reserve_p)
         self._earlier_children |= self._policy is not None and self.step > self._selected_at
         self._selected_at = self.step
-        self._policy = self._fixed_child(masks_inside(self._shards, scores, cut))
+        with raising_together():  # a shard may be too large for child shards on one rank alone
+            self._policy = self._fixed_child(masks_inside(self._shards, scores, cut))
         # The original lets weight decay move the complement: there is nothing to check then.
         self._self_check = SelfCheck() if self.config.compat is None else None
         chosen = time.perf_counter()
@@ -272,7 +273,8 @@ class ChildTuner:
             self._shard_of = {s.tensor: s for s in self._shards}
             self._policy = self._self_check = self._report = None
             return None
-        self._policy = self._fixed_child(to.masks)
+        with raising_together():
+            self._policy = self._fixed_child(to.masks)
         self._self_check = SelfCheck() if self.config.compat is None else None
         self._report = Report(
             self.config.mode,
@@ -357,12 +359,16 @@ class ChildTuner:
         )
 
     def _first_name(self, name: str) -> str:
-        if name not in self._parameters.aliases:
-            close = difflib.get_close_matches(name, self._parameters.aliases, n=3, cutoff=0)
-            raise ValueError(
-                f"expected the name of a parameter, got {name!r}. Remedy: use for example {', '.join(close)}."
-            )
-        return self._parameters.aliases[name]
+        """The name that a tied parameter is known by. A collective: one rank's slip must not leave the others in a sum."""
+        with raising_together():
+            if name not in self._parameters.aliases:
+                close = difflib.get_close_matches(name, self._parameters.aliases, n=3, cutoff=0)
+                raise ValueError(
+                    f"expected the name of a parameter, got {name!r}. Remedy: use for example {', '.join(close)}."
+                )
+            first = self._parameters.aliases[name]
+        check_same(first, "the parameter's name")
+        return first
 
     def _eligible_name(self, name: str) -> str:
         first = self._first_name(name)

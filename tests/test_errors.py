@@ -181,6 +181,15 @@ def gather_mask_of_a_wrong_name(engine: Any) -> None:
     ds_childtune.attach(engine, CHILD_F).gather_mask("blocks.0.gains")
 
 
+def gather_mask_of_a_wrong_name_on_rank_1(engine: Any) -> None:
+    ds_childtune.attach(engine, CHILD_F).gather_mask("blocks.0.gain" + "s" * dist.get_rank())
+
+
+def gather_masks_of_two_parameters(engine: Any) -> None:
+    name = ("blocks.0.gain", "head.weight")[dist.get_rank()]
+    ds_childtune.attach(engine, CHILD_F).gather_mask(name)
+
+
 def select_without_batches(engine: Any) -> None:
     ds_childtune.attach(engine, CHILD_D).select()
 
@@ -195,6 +204,8 @@ def select_without_batches(engine: Any) -> None:
         (gather_mask_before_select, RuntimeError, ["no child yet", "child.select("]),
         (report_before_select, RuntimeError, ["no child yet", "child.select("]),
         (gather_mask_of_a_wrong_name, ValueError, ["'blocks.0.gains'", "blocks.0.gain"]),
+        (gather_mask_of_a_wrong_name_on_rank_1, ValueError, ["[rank 1]", "'blocks.0.gains'"]),
+        (gather_masks_of_two_parameters, ValueError, ["same on every rank", "blocks.0.gain", "head.weight"]),
         (select_without_batches, ValueError, ["calibration batches", "None"]),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
