@@ -289,9 +289,10 @@ def run(
             bar.update(sum(job in finished for job in wanted))
             list(pool.map(one, [job for job in wanted if job not in finished]))
 
-        for cell in cells:
-            run_all(tuning_jobs(grid, *cell))
-            run_all(reported_jobs(grid, *cell, read_results(results)))
+        # Seed by seed over all cells: a study that is stopped early has a table, of fewer seeds.
+        run_all([job for cell in cells for job in tuning_jobs(grid, *cell)])
+        done = read_results(results)
+        run_all(sorted((job for cell in cells for job in reported_jobs(grid, *cell, done)), key=lambda job: job.seed))
     bar.close()
 
 

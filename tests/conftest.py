@@ -13,7 +13,7 @@ from tests.distributed import RankPool
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The suite runs on CPU with gloo, on any machine."""
+    """The suite runs on CPU with gloo, on any machine; `DS_ACCELERATOR=cuda` runs it on what GPUs there are."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Oracles are tiny, and ranks run beside this process: threads that wait for one another would take their cores.
     torch.set_num_threads(1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import io
 import logging
 import os
 import pickle
@@ -31,6 +32,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from deepspeed.accelerator import get_accelerator
 
 T = TypeVar("T")
 
@@ -46,7 +48,7 @@ class RankFailure(Exception):
 
 
 class Ranks:
-    """`world_size` processes in one gloo process group, each of them ready to run a function."""
+    """`world_size` processes in one process group, each of them ready to run a function."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -86,7 +88,7 @@ class Ranks:
                 assert isinstance(pipe, connection.Connection)
                 rank = pending.pop(pipe)
                 try:
-                    failed, answer = pickle.loads(pipe.recv_bytes())
+                    failed, answer = torch.load(io.BytesIO(pipe.recv_bytes()), map_location="cpu", weights_only=False)
                 except EOFError:
                     failed, answer = True, f"died\n{self._stderr(rank)}"
                 if failed:
@@ -160,18 +162,18 @@ def _serve(rank: int, world_size: int, folder: str, pipe: connection.Connection)
         store = dist.FileStore(str(Path(folder) / "store"), world_size)
         # Longer than any case: it is the parent who notices a hang, and says where.
         limit = timedelta(seconds=10 * CASE_SECONDS)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+        dist.init_process_group(_backend(world_size), store=store, rank=rank, world_size=world_size, timeout=limit)
         while (job := pickle.loads(pipe.recv_bytes())) is not None:
             pipe.send_bytes(_outcome(*job))
         dist.destroy_process_group()
 
 
 def _outcome(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
-    """Pickled (failed, result or traceback) of one call."""
+    """(failed, result or traceback) of one call, as `torch.save` writes it: the parent wants tensors on the CPU."""
     try:
-        return pickle.dumps((False, function(*args, **kwargs)))
+        return _saved((False, function(*args, **kwargs)))
     except BaseException:
-        return pickle.dumps((True, traceback.format_exc()))
+        return _saved((True, traceback.format_exc()))
     finally:
         gc.collect()
         # What is left are modules, above all. Engines are collected more than once in every case, by DeepSpeed too: half a second
@@ -179,10 +181,30 @@ def _outcome(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         gc.freeze()
 
 
+def _saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _devices(world_size: int) -> int:
+    """Devices that the ranks have: each its own, or all of them too few, which they share."""
+    return world_size if get_accelerator().device_name() == "cpu" else min(world_size, get_accelerator().device_count())
+
+
+def _backend(world_size: int) -> str:
+    """The accelerator's, but for ranks that share a device, which nccl refuses."""
+    own = get_accelerator().device_name() != "cpu" and _devices(world_size) == world_size
+    return str(get_accelerator().communication_backend_name()) if own else "gloo"
+
+
 def _set_environment(rank: int, world_size: int) -> None:
     """What a launcher would set, and silence."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"LOCAL_SIZE": str(world_size), "DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1"}
+    local_rank = rank % _devices(world_size)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"LOCAL_SIZE": str(world_size), "TQDM_DISABLE": "1"}
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(local_rank)
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     # Others' warnings would bury a traceback; those that our own lines cause are errors, as in pytest's process.

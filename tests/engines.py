@@ -38,6 +38,8 @@ class Setup:
     family: str = "gpt2"
     stage: int = 0
     bf16: bool = False
+    fp16: bool = False
+    """With a static loss scale. Needs an accelerator."""
     fp32_accumulation: bool = False
     """Accumulate 16-bit gradients in fp32; at stage 1 that is another class of DeepSpeed's."""
     bf16_masters: bool = False
@@ -56,6 +58,11 @@ class Setup:
     """Parameters whose names contain one of these form a second group, without weight decay."""
     optimizer: Optimizer = Optimizer()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the forward pass."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
     def config(self) -> dict[str, Any]:
         """The DeepSpeed config. Buckets are small, so that every pass fills several."""
         zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": 400, "allgather_bucket_size": 400}
@@ -69,6 +76,7 @@ class Setup:
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": self.clip,
             "bf16": {"enabled": self.bf16},
+            "fp16": {"enabled": self.fp16, "loss_scale": 128},
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -122,11 +130,15 @@ def _groups(setup: Setup, model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": decayed}, {"params": list(bare.values()), "weight_decay": 0.0}]
 
 
+def on_device(engine: Any, batch: Batch) -> Batch:
+    return {key: value.to(engine.device) for key, value in batch.items()}
+
+
 def train_step(engine: Any, micro_batches: Sequence[Batch]) -> list[float]:
     """One optimizer step; the losses of its micro-batches."""
     losses = []
     for batch in micro_batches:
-        output = engine(**batch)
+        output = engine(**on_device(engine, batch))
         loss = output if isinstance(output, Tensor) else output.loss
         engine.backward(loss)
         engine.step()
@@ -143,7 +155,7 @@ def model_weights(engine: Any) -> Weights:
 
 def master_weights(engine: Any) -> Weights:
     """A copy of every trainable parameter's fp32 master."""
-    if not engine.bfloat16_enabled():
+    if not engine.bfloat16_enabled() and not engine.fp16_enabled():
         return {n: w for n, w in model_weights(engine).items() if engine.module.get_parameter(n).requires_grad}
     trainable = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
     if engine.zero_optimization_stage() == 0:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import ds_childtune
 from tests import reference
 from tests.distributed import RankPool
-from tests.engines import Optimizer, Setup, engine_of, master_weights, train_step
+from tests.engines import Optimizer, Setup, engine_of, master_weights, on_device, train_step
 from tests.models import Batch, batches, build, deal
 from tests.reference import distance, worst_difference
 from tests.test_parity import oracle_fisher
@@ -249,7 +249,7 @@ def select_from_a_loader_that_breaks_on_rank_1(engine: Any) -> None:
 
 
 def _breaking_loss(engine: Any, batch: Batch) -> torch.Tensor:
-    loss: torch.Tensor = engine(**batch)
+    loss: torch.Tensor = engine(**on_device(engine, batch))
     if dist.get_rank() == 1:
         raise KeyError("labels")
     return loss

@@ -23,7 +23,7 @@ from ds_childtune import apply_child, compose, merge
 from ds_childtune.child_compare import by_layer, compare, total
 from ds_childtune.child_reader import open_child
 from tests.distributed import RankPool
-from tests.engines import Setup, Weights, engine_of, master_weights, model_weights, train_step
+from tests.engines import Setup, Weights, engine_of, master_weights, model_weights, on_device, train_step
 from tests.models import batches, block_parameters, build, deal
 
 P = 0.3
@@ -141,7 +141,7 @@ def apply_on_an_engine(setup: Setup, path: str) -> Applied:
         weights.append(model_weights(engine))
         masters.append(master_weights(engine))
         with torch.no_grad():
-            engine(**batches(setup.family, 1)[0])
+            engine(**on_device(engine, batches(setup.family, 1)[0]))
         applied.revert()
         weights.append(model_weights(engine))
         masters.append(master_weights(engine))

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import ds_childtune
 from tests.distributed import RankPool
-from tests.engines import Optimizer, Setup, Weights, engine_of, master_weights, model_weights, train_step
+from tests.engines import Optimizer, Setup, Weights, engine_of, master_weights, model_weights, on_device, train_step
 from tests.models import batches, deal
 
 P = 0.3
@@ -98,7 +98,7 @@ def read(setup: Setup, optimizer_state: str, folder: str) -> Read:
         if not setup.fp32_accumulation:  # DeepSpeed's script does not read BF16_Optimizer's files
             result.saved["zero_to_fp32"] = get_fp32_state_dict_from_zero_checkpoint(folder)
         engine.set_gradient_accumulation_boundary(True)
-        loss = engine(**share(setup, 7, 2)[0])
+        loss = engine(**on_device(engine, share(setup, 7, 2)[0]))
         engine.backward(loss if isinstance(loss, Tensor) else loss.loss)
         note("grad", safe_get_full_grad)
         if setup.stage == 3:
