@@ -14,8 +14,9 @@ every key and not a window on one sequence, and then through a 32-bit finaliser 
 public domain) less its last xor-shift, which would change low bits alone. An element is kept when its 32 bits are at or
 below a limit that stands for p.
 
-Two implementations of the same arithmetic, bit-identical: `torch.compile` fuses hash, comparison and multiply into one
-pass over the gradient; where no compiler is found the eager form runs over tiles that stay in cache.
+Three implementations of the same arithmetic, bit-identical. On CPUs `torch.compile` fuses hash, comparison and multiply into one pass
+over a fragment's gradient; on accelerators `mask_triton.py` does so for all fragments of a shard in one launch; where no compiler is
+found the eager form runs over tiles.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from ds_childtune.shards import Fragment
 INDEX_BLOCK = 1 << 30
 """Elements of a parameter that share one key: indices inside a block fit in int32."""
 
-_TILE = 1 << 15
-"""Elements per eager tile: three int32 buffers and the gradient stay in a core's second-level cache."""
+_CPU_TILE, _DEVICE_TILE = 1 << 15, 1 << 22
+"""Elements per eager tile. Three int32 buffers and the gradient stay in a core's second-level cache; accelerators want few."""
 
 _LANES, _FEW_LANES = 1 << 12, 1 << 6
 """Elements of a row in the compiled kernel, at most; and at least where a fragment's size has such a divisor."""
@@ -45,7 +46,10 @@ _MULTIPLIER_2 = 0x846CA68B - (1 << 32)
 _WEYL = 0x9E3779B9
 
 MaskKernel = Callable[[Tensor, Tensor, int, float], None]
-"""`kernel(grad, key, limit, scale)`: mask and rescale the 1-D `grad` in place; `key` is int32 [2]."""
+"""`kernel(grad, key, limit, scale)`: mask and rescale a fragment's 1-D `grad` in place; `key` is int32 [2]."""
+
+ShardKernel = Callable[[Tensor, Tensor, int, float], None]
+"""`kernel(grad, keys, limit, scale)`: the same for all fragments of a flat shard; `keys` is int32 [pieces, 2]."""
 
 
 def keep_limit(reserve_p: float) -> int:
@@ -121,9 +125,10 @@ def bernoulli_mask(fragment: Fragment, seed: int, step: int, reserve_p: float, *
     keys = step_keys(base_keys(pieces, seed, device=device), step)
     mask = torch.empty(fragment.numel, dtype=torch.bool, device=device)
     done = 0
+    tile = _tile(device)
     for piece, key in zip(pieces, keys, strict=True):
-        for begin in range(0, piece.numel, _TILE):
-            end = min(begin + _TILE, piece.numel)
+        for begin in range(0, piece.numel, tile):
+            end = min(begin + tile, piece.numel)
             index = torch.arange(begin, end, dtype=torch.int32, device=device)
             torch.le(_bits(index, key), keep_limit(reserve_p), out=mask[done + begin : done + end])
         done += piece.numel
@@ -134,10 +139,10 @@ def random_scores(fragment: Fragment, seed: int, *, device: torch.device) -> Ten
     """fp32 1-D [fragment.numel]: random finite numbers >= 0, keyed by the element."""
     scores = torch.empty(fragment.numel, dtype=torch.float32, device=device)
     pieces = split_blocks(fragment)
-    done = 0
+    done, tile = 0, _tile(device)
     for piece, key in zip(pieces, step_keys(base_keys(pieces, seed, device=device), 0), strict=True):
-        for begin in range(0, piece.numel, _TILE):
-            end = min(begin + _TILE, piece.numel)
+        for begin in range(0, piece.numel, tile):
+            end = min(begin + tile, piece.numel)
             index = torch.arange(begin, end, dtype=torch.int32, device=device)
             scores[done + begin : done + end] = (_bits(index, key) & 0x3FFFFFFF).view(torch.float32)
         done += piece.numel
@@ -166,14 +171,19 @@ def _fold(numel: int) -> tuple[int, int]:
     return (rows, lanes) if rows > 1 else (0, lanes)
 
 
+def _tile(device: torch.device) -> int:
+    return _CPU_TILE if device.type == "cpu" else _DEVICE_TILE
+
+
 def _eager_kernel(grad: Tensor, key: Tensor, limit: int, scale: float) -> None:
     """Tiled, in place in three small buffers: unfused integer ops over a whole shard would be memory-bound."""
-    size = min(_TILE, grad.numel())
+    step = _tile(grad.device)
+    size = min(step, grad.numel())
     counter = torch.arange(size, dtype=torch.int32, device=grad.device)
     word, scratch = torch.empty_like(counter), torch.empty_like(counter)
     dropped = torch.empty(size, dtype=torch.bool, device=grad.device)
-    for begin in range(0, grad.numel(), _TILE):
-        tile = grad[begin : begin + _TILE]
+    for begin in range(0, grad.numel(), step):
+        tile = grad[begin : begin + step]
         n = tile.numel()
         x, t = word[:n], scratch[:n]
         torch.mul(counter[:n], key[1], out=x)
@@ -186,6 +196,52 @@ def _finalise_(x: Tensor, scratch: Tensor) -> None:
     for shift, multiplier in ((16, _MULTIPLIER_1), (15, _MULTIPLIER_2)):
         torch.bitwise_right_shift(x, shift, out=scratch)
         x.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1)).mul_(multiplier)
+
+
+def shard_kernel(pieces: Sequence[Fragment], device: torch.device, dtype: torch.dtype) -> ShardKernel:
+    """The fastest kernel that works for a flat shard's gradient of `dtype` on `device`.
+
+    Args:
+        pieces: of the shard's fragments, from `split_blocks`.
+    """
+    if device.type != "cpu" and _triton_works(device, dtype):
+        from ds_childtune import mask_triton
+
+        return mask_triton.ShardKernel(pieces, device, (_MULTIPLIER_1, _MULTIPLIER_2))
+    # Triton is what torch.compile would use on accelerators, too.
+    kernel = mask_kernel(device.type, dtype, allow_compile=device.type == "cpu")
+
+    def piece_by_piece(grad: Tensor, keys: Tensor, limit: int, scale: float) -> None:
+        for piece, key in zip(pieces, keys.unbind(0), strict=True):
+            kernel(piece.of(grad), key, limit, scale)
+
+    return piece_by_piece
+
+
+@functools.cache
+def _triton_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton's kernel gives the eager kernel's bits; warns if it does not."""
+    try:
+        from ds_childtune import mask_triton
+
+        if dtype not in mask_triton.DTYPES:
+            return False
+        sizes = (3 * mask_triton.BLOCK + 2, 1, mask_triton.BLOCK)
+        starts = (1, 3 * mask_triton.BLOCK + 3, 3 * mask_triton.BLOCK + 7)
+        pieces = [Fragment("w", 0, start, numel) for start, numel in zip(starts, sizes, strict=True)]
+        kernel = mask_triton.ShardKernel(pieces, device, (_MULTIPLIER_1, _MULTIPLIER_2))
+        keys = torch.tensor([[0x1234567, -0x7654321], [5, 7], [-9, 11]], dtype=torch.int32, device=device)
+        got = torch.linspace(-1, 1, starts[-1] + sizes[-1] + 9, device=device).to(dtype)
+        expected = got.clone()
+        kernel(got, keys, keep_limit(0.3), 1 / 0.3)
+        for piece, key in zip(pieces, keys.unbind(0), strict=True):
+            _eager_kernel(piece.of(expected), key, keep_limit(0.3), 1 / 0.3)
+        if not torch.equal(got, expected):
+            raise RuntimeError("the Triton kernel's bits differ from the eager kernel's")
+    except Exception as error:
+        _warn_of_eager(device.type, error)
+        return False
+    return True
 
 
 @functools.cache
@@ -226,7 +282,7 @@ def mask_kernel(device_type: str, dtype: torch.dtype, *, allow_compile: bool = T
 
 def _warn_of_eager(device_type: str, error: Exception) -> None:
     warnings.warn(
-        f"ChildTuning-F: torch.compile found no working compiler for {device_type} ({_first_line(error)}); masks are"
+        f"ChildTuning-F: found no working compiler for {device_type} ({_first_line(error)}); masks are"
         " drawn by the slower eager kernel, with the same bits. Remedy: install a C++ compiler (CPU) or Triton (GPU).",
         RuntimeWarning,
         stacklevel=3,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_childtune.masks import MaskKernel, base_keys, bernoulli_mask, keep_limit, mask_kernel, split_blocks, step_keys
+from ds_childtune.masks import ShardKernel, base_keys, bernoulli_mask, keep_limit, shard_kernel, split_blocks, step_keys
 from ds_childtune.shards import FlatShard, Fragment
 from ds_childtune.weight_decay import decay_gradient_, decay_style, decay_weights_, moves_without_gradient
 
@@ -25,19 +25,17 @@ class TaskFreeChild:
         self._reserve_p = reserve_p
         self._limit = keep_limit(reserve_p)
         self._pieces = {s.tensor: [piece for f in s.eligible for piece in split_blocks(f)] for s in shards}
-        self._keys: dict[tuple[Tensor, torch.device], Tensor] = {}
+        self._kernels: dict[tuple[Tensor, torch.device, torch.dtype], tuple[ShardKernel, Tensor]] = {}
+        """With the base keys of the shard's pieces."""
 
     def before_step(
         self, optimizer: torch.optim.Optimizer, group: Group, shards: Sequence[FlatShard], step: int
     ) -> None:
         for shard in shards:
             grad = shard.flat_grad()
-            pieces = self._pieces[shard.tensor]
-            if grad is not None and pieces:
-                keys = step_keys(self._base_keys(shard.tensor, grad.device), step)
-                kernel: MaskKernel = mask_kernel(grad.device.type, grad.dtype)
-                for piece, key in zip(pieces, keys.unbind(0), strict=True):
-                    kernel(piece.of(grad), key, self._limit, 1.0 / self._reserve_p)
+            if grad is not None and self._pieces[shard.tensor]:
+                kernel, base = self._kernel(shard.tensor, grad)
+                kernel(grad, step_keys(base, step), self._limit, 1.0 / self._reserve_p)
 
     def after_step(self) -> None:
         pass
@@ -46,10 +44,13 @@ class TaskFreeChild:
         """bool [fragment.numel]: what the `step`-th applied step uses for an eligible fragment."""
         return bernoulli_mask(fragment, self._seed, step, self._reserve_p, device=device)
 
-    def _base_keys(self, tensor: Tensor, device: torch.device) -> Tensor:
-        if (tensor, device) not in self._keys:
-            self._keys[tensor, device] = base_keys(self._pieces[tensor], self._seed, device=device)
-        return self._keys[tensor, device]
+    def _kernel(self, tensor: Tensor, grad: Tensor) -> tuple[ShardKernel, Tensor]:
+        at = (tensor, grad.device, grad.dtype)
+        if at not in self._kernels:
+            pieces = self._pieces[tensor]
+            base = base_keys(pieces, self._seed, device=grad.device)
+            self._kernels[at] = shard_kernel(pieces, grad.device, grad.dtype), base
+        return self._kernels[at]
 
 
 @dataclass
