@@ -5,6 +5,7 @@ child.select(calibration_batches)        # ChildTuning-D
 """
 
 from ds_childtune._version import __version__
+from ds_childtune._zero_lean import lean_start
 from ds_childtune.child_apply import AppliedChild, apply_child
 from ds_childtune.child_format import ChildFileError
 from ds_childtune.child_merge import compose, merge
@@ -24,5 +25,6 @@ __all__ = [
     "apply_child",
     "attach",
     "compose",
+    "lean_start",
     "merge",
 ]

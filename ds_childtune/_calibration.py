@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ds_childtune import _zero
 from ds_childtune._ranks import device, raise_together, sum_over_ranks
+from ds_childtune._zero_calibration import calibration
 from ds_childtune.config import FisherConfig
 from ds_childtune.fisher import Fisher, FisherAccumulator, squared
 from ds_childtune.shards import FlatShard
@@ -71,26 +72,25 @@ def estimate_fisher(
             'ds_childtune does not support fisher.estimator "per_micro_batch" in fp16, where squares underflow.'
             ' Remedy: use bf16, or fisher.estimator "per_global_batch".'
         )
-    square = config.estimator == "per_global_batch"
-    fisher_pass = _FisherPass(engine, FisherAccumulator(shards, square=square, dtype=config.score_dtype), config)
+    fisher_pass = _FisherPass(engine, shards, config)
     with fisher_pass.hooks(parameters, eligible), _same_afterwards(engine, config.model_mode):
         fisher_pass.run(batches, loss_fn)
     return fisher_pass.finish(eligible)
 
 
 class _FisherPass:
-    """One pass: hooks see each parameter's gradient, `receive` gets the reduced shards. See [Note: squares before the reduction]."""
+    """One pass: hooks see each parameter's gradient, `_receive` gets what is reduced. See [Note: squares before the reduction]."""
 
-    def __init__(self, engine: Any, accumulator: FisherAccumulator, config: FisherConfig) -> None:
+    def __init__(self, engine: Any, shards: Sequence[FlatShard], config: FisherConfig) -> None:
         self.engine = engine
-        self.accumulator = accumulator
+        self._shards = shards
         self._config = config
         self._squares_here = config.estimator == "per_micro_batch"
+        self.accumulator = FisherAccumulator(shards, square=not self._squares_here, dtype=config.score_dtype)
         self._reached: set[str] = set()
         """Parameters that had a gradient in this batch."""
         self._ever_reached: set[str] = set()
         self._weight = 1.0
-        self._received = False
         self._terms = 0
         """Terms of the mean: micro-batches, or global batches."""
 
@@ -110,21 +110,21 @@ class _FisherPass:
 
         return on_gradient
 
-    def _receive(self, tensors: list[Tensor]) -> None:
-        self._received = True
-        self.accumulator.add(tensors, self._weight, absent=self._ever_reached - self._reached)
+    def _receive(self, tensor: Tensor, start: int, grad: Tensor) -> None:
+        self.accumulator.add(tensor, start, grad, self._weight, absent=self._ever_reached - self._reached)
 
     def run(self, batches: Iterable[Any], loss_fn: LossFunction) -> None:
         world_size = dist.get_world_size()
-        with _zero.calibration(self.engine, self._receive) as backward:
+        with calibration(self.engine, self._shards, self._receive) as backward:
             for round_ in _rounds(batches, self._config.max_batches):
                 loss = _finite_loss(self.engine, round_, loss_fn)
-                self._reached, self._received = set(), False
+                self._reached = set()
+                self.accumulator.next_term()
                 # DeepSpeed averages over all ranks, and ranks that only keep the others company add zeros.
                 self._weight = float(world_size) if self._squares_here else (world_size / round_.active) ** 2
-                backward(loss if round_.own else loss * 0.0)
+                finite = backward(loss if round_.own else loss * 0.0)
                 self._ever_reached |= self._reached
-                if self._received:
+                if finite:
                     self._terms += round_.active if self._squares_here else 1
                 elif _zero.model_dtype(self.engine) is not torch.float16:
                     # DeepSpeed skips a step on every rank alike. In fp16 that is how the loss scale is found.

@@ -18,9 +18,7 @@ Layouts, by the class of `engine.optimizer`:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -225,106 +223,3 @@ def inside_accumulation(engine: Engine) -> bool:
 def applied_steps(engine: Engine) -> int:
     """Optimizer steps that DeepSpeed has taken and not skipped."""
     return int(engine.global_steps - engine.skipped_steps)
-
-
-@dataclass
-class _Snapshot:
-    """What a calibration pass touches, as it was."""
-
-    optimizer: Any
-    values: dict[str, Any] = field(default_factory=dict)
-    loss_scaler: dict[str, Any] | None = None
-    state_keys: set[int] = field(default_factory=set)
-
-    _ATTRIBUTES = ("clip_grad", "micro_step_id", "_global_grad_norm", "overflow", "_hp_optimizer_states_linked")
-
-    @classmethod
-    def take(cls, engine: Engine) -> _Snapshot:
-        optimizer = engine.optimizer
-        snapshot = cls(optimizer)
-        snapshot.values = {a: getattr(optimizer, a) for a in cls._ATTRIBUTES if hasattr(optimizer, a)}
-        scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
-        snapshot.loss_scaler = dict(vars(scaler)) if scaler is not None else None
-        snapshot.state_keys = {id(p) for p in base_optimizer(engine).state}
-        return snapshot
-
-    def restore(self, engine: Engine) -> None:
-        for attribute, value in self.values.items():
-            setattr(self.optimizer, attribute, value)
-        scaler = getattr(self.optimizer, "loss_scaler", None) or getattr(self.optimizer, "loss_scale_config", None)
-        if scaler is not None and self.loss_scaler is not None:
-            vars(scaler).update(self.loss_scaler)
-        # ZeRO 1 and 2 look up the base optimizer's state after a step, and its defaultdict then makes empty entries.
-        state = base_optimizer(engine).state
-        for tensor in [t for t in state if id(t) not in self.state_keys]:
-            del state[tensor]
-        _clear_gradients(engine)
-
-
-def _clear_gradients(engine: Engine) -> None:
-    """Leave no square where a training step could read it as a gradient."""
-    optimizer = engine.optimizer
-    optimizer.zero_grad()
-    engine.zero_grad()
-    # ZeRO-3 keeps its gradient partitions, and CPU offload the flat shards' `.grad`, from step to step; a parameter that
-    # the next backward does not reach would be stepped with what they hold.
-    partitions = getattr(optimizer, "grad_partitions_flat_buffer", None)
-    if partitions is not None:
-        partitions.zero_()
-    for group in base_optimizer(engine).param_groups:
-        for tensor in group["params"]:
-            if tensor.grad is not None:
-                tensor.grad.zero_()
-    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-        for tensor in getattr(optimizer, name, ()):
-            if tensor.grad is not None:
-                tensor.grad.zero_()
-
-
-@contextmanager
-def calibration(engine: Engine, receive: Callable[[list[Tensor]], None]) -> Iterator[Callable[[Tensor], None]]:
-    """Run backward passes whose gradients go to `receive` instead of into a step; afterwards the engine is as before.
-
-    Yields:
-        `backward(loss)`: one backward pass with its own reduction. The flat shards that the base optimizer would have stepped,
-        with `.grad` set, unscaled and not clipped, go to `receive`; no weight moves.
-    """
-    if not engine.managed_gradient_accumulation():
-        raise NotImplementedError(
-            "ds_childtune cannot run a Fisher pass with managed_gradient_accumulation: false."
-            " Remedy: leave DeepSpeed in charge of gradient accumulation."
-        )
-    optimizer: Any = engine.optimizer
-    base: Any = base_optimizer(engine)
-    snapshot = _Snapshot.take(engine)
-    patched = base.__dict__.get("step")
-
-    def step(*_: object, **__: object) -> None:
-        receive([p for group in base.param_groups for p in group["params"]])
-
-    def backward(loss: Tensor) -> None:
-        # A tensor of our own: DeepSpeed divides by the accumulation steps in a hook on the output, unless a hook on the loss that it
-        # is given has fired before; at stage 0 both would be the same tensor, and its own would come second.
-        engine.backward(loss * 1.0, scale_wrt_gas=False)
-        optimizer.step()
-        optimizer.zero_grad()
-        engine.zero_grad()
-
-    _clear_gradients(engine)
-    if hasattr(optimizer, "clip_grad"):
-        optimizer.clip_grad = 0.0
-    base.step = step
-    engine.set_gradient_accumulation_boundary(True)
-    try:
-        yield backward
-    finally:
-        # An lr scheduler leaves its own wrapper in the instance's `step`: put that back, not the class's.
-        if patched is None:
-            del base.step
-        else:
-            base.step = patched
-        engine.set_gradient_accumulation_boundary(False)
-        engine._is_gradient_accumulation_boundary = None
-        if hasattr(optimizer, "set_gradient_accumulation_boundary"):
-            optimizer.set_gradient_accumulation_boundary(engine.is_gradient_accumulation_boundary())
-        snapshot.restore(engine)

@@ -23,12 +23,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ds_childtune._zero_calibration import sees_partitions
+from ds_childtune._zero_lean import make_gradient_buffer, parameters, settle_gradients
 from ds_childtune.child_shards import ChildShard, put_
-
-_VIEWS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,11 @@ class ZeroThreePlumbing:
 
     def __init__(self, engine: Any) -> None:
         self._optimizer = engine.optimizer
+        self.calibrates = sees_partitions(engine)
         self._partitions: dict[int, _Partition] = {}
         """By `ds_id` of the parameter."""
-        self._overridden: list[str] = []
+        self._overridden: dict[str, Any] = {}
+        """What the instance had of its own before, by name."""
 
     def install(self, shards: Sequence[ChildShard]) -> None:
         optimizer = self._optimizer
@@ -88,42 +89,32 @@ class ZeroThreePlumbing:
             optimizer.fp32_partitioned_groups_flat[i] = shard.tensor
         self._partitions = {
             param.ds_id: _Partition.of(shards[i], start, numel)
-            for param in self._parameters()
+            for param in parameters(optimizer)
             for i, start, numel in [optimizer.grad_position[optimizer.get_param_id(param)]]
         }
-        self._make_gradient_buffer({i: p.last - p.first for i, p in self._partitions.items()})
+        make_gradient_buffer(optimizer, {i: p.last - p.first for i, p in self._partitions.items()})
         self._override("partition_grads", self._partition_grads)
         self._override("_reassign_or_swap_out_partitioned_parameters", optimizer._unflatten_partitioned_parameters)
 
-    def remove(self, shards: Sequence[ChildShard]) -> None:
+    def remove(self, shards: Sequence[ChildShard], *, for_good: bool = True) -> None:
         optimizer = self._optimizer
-        for name in self._overridden:
-            delattr(optimizer, name)
+        for name, before in self._overridden.items():
+            delattr(optimizer, name) if before is None else setattr(optimizer, name, before)
         self._overridden.clear()
         self._partitions = {}
         for i, shard in enumerate(shards):
             flat = shard.flat.tensor
-            flat.data = optimizer.fp16_partitioned_groups_flat[i].data.to(optimizer.master_weights_and_grads_dtype)
-            shard.scatter()
+            if for_good:
+                flat.data = optimizer.fp16_partitioned_groups_flat[i].data.to(optimizer.master_weights_and_grads_dtype)
+                shard.scatter()
             optimizer.fp32_partitioned_groups_flat[i] = flat
-        self._make_gradient_buffer({p.ds_id: p.partition_numel() for p in self._parameters()})
-
-    def _parameters(self) -> list[Any]:
-        return [param for group in self._optimizer.fp16_groups for param in group]
-
-    def _make_gradient_buffer(self, numels: dict[int, int]) -> None:
-        """As DeepSpeed's `_setup_for_real_optimizer` does; `numels` by `ds_id`, in the order of its parameters."""
-        optimizer = self._optimizer
-        optimizer.averaged_gradients = {}  # views of the buffer that goes
-        optimizer.grad_partitions_flat_buffer = None
-        buffer = torch.zeros(sum(numels.values()), dtype=optimizer.gradient_accumulation_dtype, device=optimizer.device)
-        optimizer.grad_partitions_flat_buffer = buffer
-        setattr(optimizer, _VIEWS, dict(zip(numels, buffer.split(list(numels.values())), strict=True)))
+        if for_good:
+            settle_gradients(optimizer)
 
     def _override(self, name: str, method: Callable[..., Any]) -> None:
         """On the instance; deleting it brings the class's back."""
+        self._overridden[name] = self._optimizer.__dict__.get(name)
         setattr(self._optimizer, name, method)
-        self._overridden.append(name)
 
     def _partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> Any:
         inside = [self._partitions[p.ds_id].inside(g) for p, g in zip(params_to_release, grad_partitions, strict=True)]

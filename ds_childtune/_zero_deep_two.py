@@ -46,6 +46,7 @@ class ZeroTwoPlumbing:
     """See [Note: ZeRO-2 on child shards]. The order of shards is that of `read_flat_shards`."""
 
     norm_is_child = False
+    calibrates = False
 
     def __init__(self, engine: Any) -> None:
         self._optimizer = engine.optimizer
@@ -58,7 +59,7 @@ class ZeroTwoPlumbing:
             mapped_to(flat, mappings)
         self._optimizer.unscale_and_clip_grads = self._unscale_and_clip_grads
 
-    def remove(self, shards: Sequence[ChildShard]) -> None:
+    def remove(self, shards: Sequence[ChildShard], *, for_good: bool = True) -> None:
         optimizer = self._optimizer
         del optimizer.unscale_and_clip_grads
         self._shards = []

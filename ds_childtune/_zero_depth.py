@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ds_childtune._zero_deep import ZeroThreePlumbing
 from ds_childtune._zero_deep_two import ZeroTwoPlumbing, mapped_to, parameter_partitions
+from ds_childtune._zero_lean import is_lean, settle
 from ds_childtune.child_shards import DeepPlumbing
 
 Clip = Literal["dense", "child"] | None
@@ -37,6 +38,18 @@ class Depth:
                 ZeroThreePlumbing(engine), "deep, in place of DeepSpeed's flat shards; the gradient norm is the child's"
             )
         return cls(ZeroTwoPlumbing(engine), "deep, in place of DeepSpeed's fp32 masters")
+
+
+def refuse_lean(engine: Any, *, compact: bool, clip: Clip) -> None:
+    """Raise NotImplementedError where an engine of `lean_start` has no way back to what it left out."""
+    if not is_lean(engine):
+        return
+    reason = _reason_against(engine, clip) if compact else 'optimizer_state is "dense"'
+    if reason is not None:
+        raise NotImplementedError(
+            f'attach: after lean_start, expected a child of optimizer_state "compact" at depth deep, but {reason}.'
+            ' Remedy: set "optimizer_state": "compact" and "clip": "child", or leave lean_start out.'
+        )
 
 
 def _is_zero_three(optimizer: Any) -> bool:
@@ -84,7 +97,8 @@ def share_masters(engine: Any) -> None:
 
 
 def separate_masters(engine: Any) -> None:
-    """Give every flat shard a copy of its own again."""
+    """Give every flat shard a copy of its own again, and an engine of `lean_start` what it has left out."""
+    settle(engine.optimizer)
     for flat, lp, mappings in _copies(engine):
         if flat.data_ptr() == lp.data_ptr():
             flat.data = lp.data.clone()

@@ -115,11 +115,18 @@ class DeepPlumbing(Protocol):
     norm_is_child: bool
     """Whether the norm that DeepSpeed takes is the child's gradient's."""
 
+    calibrates: bool
+    """Whether a Fisher pass runs on an engine whose flat shards are let go."""
+
     def install(self, shards: Sequence[ChildShard]) -> None:
         """DeepSpeed runs on child shards; flat shards become views of the parameters that the forward pass uses."""
 
-    def remove(self, shards: Sequence[ChildShard]) -> None:
-        """DeepSpeed runs on flat shards of the masters' dtype again, which hold the child's values."""
+    def remove(self, shards: Sequence[ChildShard], *, for_good: bool = True) -> None:
+        """DeepSpeed runs on flat shards of the masters' dtype again, which hold the child's values.
+
+        Args:
+            for_good: False where another child follows at once, for which parameter shards may do.
+        """
 
 
 @dataclass
@@ -153,7 +160,7 @@ class CompactChild:
         """
         made: dict[Tensor, ChildShard] = {}
         if previous is not None and previous.plumbing is not None:
-            previous.plumbing.remove(list(previous.shards.values()))
+            previous.plumbing.remove(list(previous.shards.values()), for_good=False)
         for flat, mask in zip(shards, masks, strict=True):
             made[flat.tensor] = ChildShard.of(flat, mask)
             before = None if previous is None else previous.shards.pop(flat.tensor)
@@ -174,8 +181,8 @@ class CompactChild:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """DeepSpeed runs on dense flat shards for the length of a `with`, as a Fisher pass needs; nothing must be stepped in it."""
-        if self.plumbing is None:
+        """A Fisher pass can run for the length of a `with`, on dense flat shards if it takes those. Nothing must be stepped in it."""
+        if self.plumbing is None or self.plumbing.calibrates:
             yield
             return
         self.plumbing.remove(list(self.shards.values()))

@@ -13,6 +13,7 @@ at micro-batch size 1 it is the paper's formula. `per_global_batch` squares the 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ class Fisher:
 
 
 class FisherAccumulator:
-    """Sums what the base optimizer is handed: 4 bytes for each eligible element of a shard, or 2 in e8m8."""
+    """Sums reduced gradients or squares: 4 bytes for each eligible element of a shard, or 2 in e8m8."""
 
     def __init__(self, shards: Sequence[FlatShard], *, square: bool, dtype: ScoreDtype = "fp32") -> None:
         """
@@ -59,24 +60,28 @@ class FisherAccumulator:
             [Scores(f.name, f.param_start, new_scores(f.numel, dtype, s.tensor.device), f.counted) for f in s.eligible]
             for s in shards
         ]
-        self._sums_of = {s.tensor: (s, sums) for s, sums in zip(shards, self.sums, strict=True)}
+        self._shards = {s.tensor: (s, sums) for s, sums in zip(shards, self.sums, strict=True)}
+        self._starts = {s.tensor: [f.shard_start for f in s.eligible] for s in shards}
 
-    def add(self, tensors: Collection[Tensor], weight: float, absent: Collection[str]) -> None:
-        """Add the gradients of the flat shards `tensors`.
+    def next_term(self) -> None:
+        """Call it before the gradients of another term of the mean are added."""
+        self._terms += 1
+
+    def add(self, tensor: Tensor, start: int, grad: Tensor, weight: float, absent: Collection[str] = ()) -> None:
+        """Add a gradient of the flat shard `tensor`.
 
         Args:
-            weight: factor of the added term.
-            absent: parameters that the backward pass did not reach: what their fragments hold is stale.
+            start: of `grad` in the flat shard. Every fragment lies inside `grad`, or outside.
+            grad: 1-D.
+            weight: factor of what is added.
+            absent: parameters that the backward pass did not reach: what `grad` holds of them is stale.
         """
-        self._terms += 1
-        for tensor in tensors:
-            shard, sums = self._sums_of[tensor]
-            grad = shard.flat_grad()
-            if grad is None:
-                continue
-            for fragment, total in zip(shard.eligible, sums, strict=True):
-                if fragment.name not in absent:
-                    self._add(total, fragment.of(grad), weight)
+        shard, sums = self._shards[tensor]
+        starts = self._starts[tensor]
+        inside = slice(bisect_left(starts, start), bisect_left(starts, start + grad.numel()))
+        for fragment, total in zip(shard.eligible[inside], sums[inside], strict=True):
+            if fragment.name not in absent:
+                self._add(total, grad.narrow(0, fragment.shard_start - start, fragment.numel), weight)
 
     def _add(self, total: Scores, grad: Tensor, weight: float) -> None:
         if total.values.dtype != torch.float32:

@@ -57,6 +57,7 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
         shards = mark_eligible(_zero.read_flat_shards(engine, parameters), eligible)
         if parsed.clip == "child":
             _zero_clip.refuse_unsupported(engine)
+        _zero_depth.refuse_lean(engine, compact=parsed.optimizer_state == "compact", clip=parsed.clip)
         if parsed.mode == "ChildTuning-D" and parsed.compat is None and parsed.optimizer_state == "dense":
             for group in _zero.base_optimizer(engine).param_groups:
                 decay_style(_zero.base_optimizer(engine), group)

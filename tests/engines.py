@@ -1,4 +1,4 @@
-"""DeepSpeed engines for the tests, and what is inside them. Nothing here knows Child-Tuning.
+"""DeepSpeed engines for the tests, and what is inside them.
 
 These functions are collectives: they run on every rank, inside `tests.distributed`.
 """
@@ -16,6 +16,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
+import ds_childtune
 from tests.models import MICRO_BATCH_SIZE, Batch, build
 
 Weights = dict[str, Tensor]
@@ -51,6 +52,8 @@ class Setup:
     persistence_threshold: int = 0
     zero_init: bool = False
     """Build the model under `deepspeed.zero.Init`."""
+    lean: bool = False
+    """Begin with `ds_childtune.lean_start`."""
     dropout: float = 0.0
     schedule: bool = False
     """Warm the learning rate up."""
@@ -100,7 +103,8 @@ def engine_of(setup: Setup, **extra: Any) -> Iterator[Any]:
     config = setup.config() | extra
     model = _build(setup, config)
     parameters = _groups(setup, model) if setup.no_decay else [p for p in model.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
+    with ds_childtune.lean_start() if setup.lean else contextlib.nullcontext():
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
     try:
         yield engine
     finally:

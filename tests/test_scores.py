@@ -55,7 +55,9 @@ def accumulated(dtype: str, terms: int, start: int = 0, numel: int = 4000, *, sq
     shard = FlatShard(tensor, (Fragment("a", start, 0, numel),))
     accumulator = FisherAccumulator([shard], square=square, dtype=dtype)  # type: ignore[arg-type]
     for _ in range(terms):
-        accumulator.add([tensor], 1.0, absent=())
+        accumulator.next_term()
+        assert tensor.grad is not None
+        accumulator.add(tensor, 0, tensor.grad, 1.0)
     return accumulator.sums[0][0].float()
 
 
@@ -88,7 +90,9 @@ def test_tiles_infinity_and_nan() -> None:
     shard = FlatShard(tensor, (Fragment("a", 7, 0, numel),))
     accumulator = FisherAccumulator([shard], square=False, dtype="e8m8")
     for _ in range(3):
-        accumulator.add([tensor], 1.0, absent=())
+        accumulator.next_term()
+        assert tensor.grad is not None
+        accumulator.add(tensor, 0, tensor.grad, 1.0)
     found = accumulator.sums[0][0].float()
     assert float(found[0]) == float("inf")
     assert bool(torch.isnan(found[1]))
