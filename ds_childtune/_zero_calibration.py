@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from torch import Tensor
 
 from ds_childtune import _zero
-from ds_childtune._ranks import device
+from ds_childtune._ranks import device, sum_over_ranks
 from ds_childtune.shards import FlatShard
 
 Engine = Any
@@ -134,7 +133,7 @@ def sees_partitions(engine: Engine) -> bool:
 @contextmanager
 def overridden(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
     """`method` in place of the instance's for the length of a `with`; what the instance had of its own comes back."""
-    before = owner.__dict__.get(name)
+    before = vars(owner).get(name)
     setattr(owner, name, method)
     try:
         yield
@@ -196,10 +195,10 @@ def _from_partitions(engine: Engine, flats: Sequence[Tensor], receive: Receive) 
         optimizer.averaged_gradients = {}
         optimizer.zero_grad()
         engine.zero_grad()
-        finite = torch.stack(sums).isfinite().all().int() if sums else torch.ones((), dtype=torch.int32)
-        finite = finite.to(device())
-        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        return bool(finite)
+        bad = (~torch.stack(sums).isfinite()).sum() if sums else torch.zeros((), dtype=torch.int64)
+        bad = bad.to(device())
+        sum_over_ranks(bad)
+        return not bad
 
     with overridden(optimizer, "partition_grads", partition_grads):
         yield backward

@@ -113,7 +113,7 @@ class ZeroThreePlumbing:
 
     def _override(self, name: str, method: Callable[..., Any]) -> None:
         """On the instance; deleting it brings the class's back."""
-        self._overridden[name] = self._optimizer.__dict__.get(name)
+        self._overridden[name] = vars(self._optimizer).get(name)
         setattr(self._optimizer, name, method)
 
     def _partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> Any:

@@ -57,7 +57,8 @@ def whole(setup: Setup, block: dict[str, Any], folder: str) -> tuple[End, End]:
     torch.manual_seed(dist.get_rank())
     with engine_of(setup) as engine:
         start = master_weights(engine)
-        train(engine, setup, 0, 1)  # moments outside the child, which must not come back
+        if not setup.lean:
+            train(engine, setup, 0, 1)  # moments outside the child, which must not come back
         child = ds_childtune.attach(engine, block)
         if child.config.mode == "ChildTuning-D":
             child.select(share(setup, 1000, 4))
@@ -90,8 +91,12 @@ SETUPS = {
     **{f"zero{s}-bf16": replace(BASE, stage=s, bf16=True) for s in range(4)},
     "zero3-deep": DEEP,
     "zero3-deep-bf16": replace(DEEP, bf16=True),
+    "zero3-lean-bf16": replace(DEEP, bf16=True, lean=True),
 }
-FEW = {"zero0": "D-compact", "zero0-bf16": "F", "zero3-deep": "D-compact", "zero3-deep-bf16": "D-compact"}
+FEW = {"zero0": "D-compact", "zero0-bf16": "F"} | {
+    name: "D-compact" for name in SETUPS if name.startswith("zero3-deep")
+}
+FEW |= {"zero3-lean-bf16": "D-compact"}
 CELLS = [(name, mode) for name in SETUPS for mode in BLOCKS if FEW.get(name, mode) == mode]
 
 

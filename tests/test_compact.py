@@ -138,31 +138,11 @@ CASES = {
     ),
 }
 
-LEAN = {
-    "fp32": replace(CASES["zero3-odd"], setup=replace(CASES["zero3-odd"].setup, lean=True), past=False),
-    "fp32-sgd-tied": replace(CASES["zero3-t5-sgd"], setup=replace(CASES["zero3-t5-sgd"].setup, lean=True), past=False),
-    "bf16": replace(CASES["zero3-bf16-zero-init"], setup=replace(CASES["zero3-bf16-zero-init"].setup, lean=True)),
-    "bf16-masters": replace(
-        CASES["zero3-bf16-zero-init"], setup=replace(CASES["zero3-bf16-zero-init"].setup, lean=True, bf16_masters=True)
-    ),
-}
-
 
 @pytest.mark.parametrize("name", CASES)
 def test_compact_is_bitwise_the_dense_hook_path(pool: RankPool, name: str) -> None:
     case = CASES[name]
     check(case, pool[2].run(run, case, "dense"), pool[2].run(run, case, "compact"))
-
-
-@pytest.mark.parametrize("name", LEAN)
-def test_a_lean_start_changes_nothing(pool: RankPool, name: str) -> None:
-    """Bit for bit, re-selection and, in fp32, plain DeepSpeed after `detach` included."""
-    lean = LEAN[name]
-    check(
-        lean,
-        pool[2].run(run, replace(lean, setup=replace(lean.setup, lean=False, bf16_masters=False)), "dense"),
-        pool[2].run(run, lean, "compact"),
-    )
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
