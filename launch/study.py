@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import shlex
 import socket
 import subprocess
@@ -191,13 +192,23 @@ def options_of(grid: Grid, job: Job, data: str, scratch: Path) -> Options:
     return {k: v for k, v in merged.items() if v is not None}
 
 
+# Below the range from which a system gives ports to connections: one of those might take a port before the job listens on it.
+PORTS = itertools.cycle(random.sample(range(15_000, 30_000), 15_000))
+
+
+def free_port() -> int:
+    """A port that nobody listens on, and that no other job of this study is given soon."""
+    for port in PORTS:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    raise AssertionError("PORTS never ends")
+
+
 def command_of(grid: Grid, options: Options, results: Path) -> list[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     launcher = {k: v for k, v in grid.launcher.items() if not k.isupper()}
     # By this interpreter, so that the study's own environment is the jobs' one.
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(port)]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
     command += [f"--{k}={v}" for k, v in launcher.items()]
     command += [str(HERE / "finetune.py"), "--results", str(results)]
     for key, value in options.items():

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.compact                       # 165 M parameters, all contenders, 3 rounds
     python -m tests.benchmarks.compact --size 1.1b --rounds 1 --only plain,compact-0.1
-    python -m tests.benchmarks.compact --size 2560x24 --only compact-0.1 --limit-gib 12
+    python -m tests.benchmarks.compact --size 2560x24 --only lean-0.1 --limit-gib 12 --return-memory
 
 Every contender runs in processes of its own, as memory that one has let go is not given back to the system for sure; rounds take
 turns. A contender over the memory limit is stopped, and its row says so.
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ CONFIG: dict[str, Any] = {
 
 
 def contender(name: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The DeepSpeed config and the child's block: plain, plain-offload, plain-torch, hook-P, compact-P, compact16-P."""
+    """The DeepSpeed config and the child's block: plain, plain-offload, plain-torch, hook-P, compact-P, lean-P."""
     config = copy.deepcopy(CONFIG)
     kind, _, option = name.partition("-")
     if kind == "plain":
@@ -64,10 +64,8 @@ def contender(name: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
     if kind.startswith("compact"):
         # The clip is the child's, as DeepSpeed clips to 1.0 unless told otherwise, and a dense norm would need dense gradients.
         child |= {"optimizer_state": "compact", "clip": "child"}
-    if kind == "compact16":
-        # No fp32 master before the child is chosen, and two bytes for a score.
-        config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-        child["fisher"] = {"score_dtype": "e8m8"}
+    if kind == "lean":
+        child |= {"optimizer_state": "compact", "clip": "child", "fisher": {"score_dtype": "e8m8"}}
     return config, child
 
 
@@ -104,7 +102,8 @@ def job(args: argparse.Namespace) -> None:
 
     with timeline.phase("start"):
         model = llama.build(args.size, config)
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+        with ds_childtune.lean_start() if args.job.startswith("lean") else nullcontext():
+            engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
     shard = llama.elements(model) / dist.get_world_size()
     vocabulary = model.config.vocab_size
     batch = llama.batch_of(dist.get_rank(), engine.device, args.rows, args.length, vocabulary)
@@ -219,6 +218,8 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any] | str:
         for key in ("size", "rows", "length", "steps", "calibration"):
             command += [f"--{key}", str(getattr(args, key))]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        if args.return_memory:
+            environment |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
         with (Path(folder) / "log").open("w+") as log:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -286,6 +287,11 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=2, help="Fisher's micro-batches per rank")
     parser.add_argument("--only", help="contenders, with commas between them")
     parser.add_argument("--limit-gib", type=float, help="stop a contender whose processes hold more")
+    parser.add_argument(
+        "--return-memory",
+        action="store_true",
+        help="freed blocks go back to the system at once: lower peaks, slower steps",
+    )
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -293,7 +299,7 @@ def main() -> None:
     if args.job:
         job(args)
         return
-    names = [f"{kind}-{p}" for kind in ("hook", "compact") for p in (0.05, 0.1, 0.3)] + ["compact16-0.1"]
+    names = [f"{kind}-{p}" for kind in ("hook", "compact") for p in (0.05, 0.1, 0.3)] + ["lean-0.1"]
     names = args.only.split(",") if args.only else ["plain", "plain-offload", "plain-torch", *names]
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     failures: dict[str, str] = {}
