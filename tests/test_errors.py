@@ -327,7 +327,7 @@ def fisher_of_uneven_batches(
     with engine_of(setup) as engine:
         child = ds_childtune.attach(engine, settings)
         fisher = child.estimate_fisher(own)
-        names = list(oracle_fisher(setup.family, False))
+        names = list(oracle_fisher(setup.family, torch.float32))
         found = {name: child.gather_fisher(fisher, name) for name in names}
         child.detach()
     return found, fisher.terms
@@ -336,7 +336,7 @@ def fisher_of_uneven_batches(
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("counts", [[4, 1], [1, 4], [2, 3]], ids=str)
 def test_uneven_batches_are_averaged_over_those_that_exist(pool: RankPool, stage: int, counts: list[int]) -> None:
-    expected = oracle_fisher("odd", False)  # of the same five micro-batches
+    expected = oracle_fisher("odd", torch.float32)  # of the same five micro-batches
     for found, terms in pool[2].run(fisher_of_uneven_batches, replace(ODD, stage=stage), counts, None):
         assert terms == 5
         assert worst_difference(found, expected) < 1e-5

@@ -183,6 +183,8 @@ PARTITIONED = ("ds_numel", "ds_process_group", "ds_shape", "ds_tensor.ds_numel",
 
 
 OVERRIDDEN: dict[str, tuple[str, ...]] = {
+    "_create_fp32_partitions": (),
+    "_setup_for_real_optimizer": (),
     "partition_grads": ("params_to_release", "grad_partitions"),
     "_reassign_or_swap_out_partitioned_parameters": ("sub_group_id",),
     "_get_fp32_opt_state_partition": ("param", "release_swap_buffers", "optim_state_key"),
@@ -195,7 +197,7 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "set_local_hp_param": ("value", "param", "optim_state_key"),
     "update_fp32_grad_for_param_vectorized": ("update_func", "param_list"),
 }
-"""Methods of ZeRO-3's optimizer that a compact child replaces on the instance, and what they are called with."""
+"""Methods of ZeRO-3's optimizer that are replaced, on the instance or for a lean start, and what they are called with."""
 
 
 def missing_on(root: Any, paths: tuple[str, ...], what: str) -> list[str]:
