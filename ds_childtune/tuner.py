@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from ds_childtune import _zero, _zero_clip, _zero_depth, _zero_reads
 from ds_childtune._calibration import LossFunction, default_loss, estimate_fisher
 from ds_childtune._ranks import check_same, device, raising_together, sum_over_ranks, tell
-from ds_childtune.checkpoint import Checkpoints, ChildState, Resumed
+from ds_childtune.attached import Attached, ChildState, Policy, Resumed
+from ds_childtune.checkpoint import Checkpoints
 from ds_childtune.child_export import export_child
 from ds_childtune.child_shards import CompactChild
 from ds_childtune.choosing import ShardScores, cut_at, magnitudes, masks_inside, random_numbers, reverse_order
@@ -65,7 +66,7 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
     check_same(repr(sorted(parameters.shapes.items())), "the model's parameter names and shapes")
     if parsed.optimizer_state == "compact":
         _zero_depth.share_masters(engine)
-    return ChildTuner(engine, parsed, parameters, eligible, shards)
+    return ChildTuner(Attached(engine, parsed, parameters, eligible, shards))
 
 
 class ChildTuner:
@@ -84,20 +85,13 @@ class ChildTuner:
     step: int
     """Applied optimizer steps since `attach`; steps that DeepSpeed skips for an overflow do not count."""
 
-    def __init__(
-        self,
-        engine: Any,
-        config: ChildTuningConfig,
-        parameters: _zero.Parameters,
-        eligible: frozenset[str],
-        shards: tuple[FlatShard, ...],
-    ) -> None:
-        self.engine = engine
-        self.config = config
+    def __init__(self, attached: Attached) -> None:
+        self.engine = engine = attached.engine
+        self.config = config = attached.config
+        self._parameters = attached.parameters
+        self._eligible = attached.eligible
+        self._shards = shards = attached.shards
         self.step = 0
-        self._parameters = parameters
-        self._eligible = eligible
-        self._shards = shards
         self._shard_of = {s.tensor: s for s in shards}
         self._stepped: set[Tensor] = set()
         """Flat shards that the base optimizer has stepped in the current applied step."""
@@ -107,7 +101,7 @@ class ChildTuner:
         """Whether another child was trained before this one."""
         self._self_check: SelfCheck | None = None
         self._report: Report | None = None
-        self._policy: TaskFreeChild | DenseChild | CompactChild | None = None
+        self._policy: Policy | None = None
         self._norm: _zero_clip.NormOfChild | None = None
         self._reads: _zero_reads.Reads | None = None
         if config.mode == "ChildTuning-F":
@@ -119,9 +113,7 @@ class ChildTuner:
         ]
         self._steps_at_attach = _zero.applied_steps(engine)
         self._handles.append(engine.module.register_forward_pre_hook(self._check_that_hooks_fired))
-        self._handles.append(
-            Checkpoints(engine, config, parameters, eligible, shards, read=self._state, resume=self._resume)
-        )
+        self._handles.append(Checkpoints(attached, read=self._state, resume=self._resume))
         engine.child_tuner = self
         tell(self._eligibility())
 
@@ -258,7 +250,7 @@ class ChildTuner:
             progress = replace(progress, threshold=self._report.threshold, calibration_batches=batches)
         return ChildState(progress, self._policy)
 
-    def _resume(self, to: Resumed) -> TaskFreeChild | DenseChild | CompactChild | None:
+    def _resume(self, to: Resumed) -> Policy | None:
         """Become what a checkpoint holds. A collective."""
         self.step = to.progress.step
         self._selected_at = to.progress.selected_at
@@ -436,7 +428,7 @@ class ChildTuner:
                 f" {type(_zero.base_optimizer(self.engine)).__name__}); until then it is not supported."
             )
 
-    def _chosen_policy(self) -> TaskFreeChild | DenseChild | CompactChild:
+    def _chosen_policy(self) -> Policy:
         if self._policy is None:
             raise RuntimeError(
                 "ChildTuning-D has no child yet. Remedy: call child.select(calibration_batches) before training and before"

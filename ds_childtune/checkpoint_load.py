@@ -1,0 +1,181 @@
+"""`engine.load_checkpoint` of an engine with a child. See [Note: what a checkpoint holds] and [Note: elastic resume]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from deepspeed import comm as dist
+from torch import Tensor
+
+from ds_childtune import _zero_checkpoint, _zero_elastic, tag_folder
+from ds_childtune._ranks import check_same, gather_objects, raising_together, tell
+from ds_childtune._zero_files import SavedRun
+from ds_childtune.attached import Attached, ReadState, Resume, Resumed
+from ds_childtune.child_checkpoint import KIND, check_config, check_model, read_compact, read_masks
+from ds_childtune.child_format import ChildFileError
+from ds_childtune.child_reader import Child, open_child
+from ds_childtune.child_shards import CompactChild
+from ds_childtune.layout import Layout
+from ds_childtune.random_states import write_random_states
+from ds_childtune.rank_file import read_layout, read_states
+from ds_childtune.run_record import Progress, RunRecord
+
+
+class CheckpointLoader:
+    """`load`, in the engine's place."""
+
+    def __init__(self, attached: Attached, read: ReadState, resume: Resume, load: Callable[..., Any]) -> None:
+        """
+        Args:
+            load: the engine's own `load_checkpoint`.
+        """
+        self._attached = attached
+        self._read = read
+        self._resume = resume
+        self._load = load
+
+    def load(
+        self,
+        load_dir: str,
+        tag: object = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, Any]:
+        """`DeepSpeedEngine.load_checkpoint`, with the child: afterwards `select` is not needed. A collective.
+
+        A checkpoint of another world size or ZeRO stage is loaded too. Random states are restored at the same world size.
+
+        Raises:
+            ChildFileError: on every rank, for a checkpoint that is damaged, or of another model; a ValueError.
+            ValueError: on every rank, when the config asks for another child.
+        """
+        folder, name = Path(load_dir), self._tag(Path(load_dir), tag)
+        weights_alone = load_module_only or not load_optimizer_states
+
+        def load_as_deepspeed_does() -> tuple[str | None, Any]:
+            return self._load(  # type: ignore[no-any-return]
+                load_dir,
+                name,
+                load_module_strict=load_module_strict,
+                load_optimizer_states=load_optimizer_states,
+                load_lr_scheduler_states=load_lr_scheduler_states,
+                load_module_only=load_module_only,
+                custom_load_fn=custom_load_fn,
+            )
+
+        carried = name is not None and (folder / name / tag_folder.CHILD).is_dir()
+        if weights_alone or not carried:
+            self._check_no_fixed_child(load_dir, weights_alone)
+            tell(f"ds_childtune: {load_dir} {name}: loading DeepSpeed's part alone, without a child")
+            loaded = load_as_deepspeed_does()
+            self._resume(Resumed(self._read().progress, None))
+            return loaded
+
+        assert name is not None
+        child, record = self._opened(folder, name)
+        mine = _zero_checkpoint.saved_shards(self._attached.engine, self._attached.shards, dist.get_rank())
+        here = folder / name
+        same_shape = self._is_same_shape(child, record, mine)
+        # Dense again, so that DeepSpeed finds what it wrote.
+        self._resume(Resumed(Progress(), None))
+        if same_shape:
+            path, client_state = load_as_deepspeed_does()
+        else:
+            path, client_state = str(here), self._load_elsewhere(here, child, record, mine, load_lr_scheduler_states)
+        masks: list[Tensor] | None = None
+        with raising_together():
+            if record.chosen and self._attached.config.mode == "ChildTuning-D":
+                masks = read_masks(child, self._attached.shards)
+        policy = self._resume(Resumed(record.progress, masks))
+        with raising_together():
+            if isinstance(policy, CompactChild):
+                read_compact(child, policy)
+            if record.world_size == dist.get_world_size():
+                write_random_states(read_states(child.folder / record.ranks[dist.get_rank()].name))
+        return path, client_state
+
+    def _tag(self, load_dir: Path, tag: object) -> str | None:
+        """The tag to load: `tag`, or the one that `latest` names; None when there is none."""
+        with raising_together():
+            name = tag_folder.read_latest(load_dir) if tag is None else tag_folder.checked_tag(tag)
+            if name is not None and dist.get_rank() == 0:
+                tag_folder.recover(load_dir, name)
+            whole = list(tag_folder.tags(load_dir))
+        check_same(f"{load_dir}/{name}", "load_checkpoint's load_dir and tag")
+        with raising_together():
+            if name is not None and not (load_dir / name).is_dir():
+                raise ChildFileError(
+                    f"load_checkpoint: expected a folder {load_dir / name}, got none. Remedy: pass the tag of a checkpoint"
+                    f" that is there; the last ones are {', '.join(whole[:3]) or 'none'}."
+                )
+        return name
+
+    def _check_no_fixed_child(self, load_dir: str, weights_alone: bool) -> None:
+        with raising_together():
+            if self._attached.config.mode == "ChildTuning-D" and self._read().policy is not None:
+                why = "weights alone are loaded" if weights_alone else "the checkpoint has no child"
+                raise RuntimeError(
+                    f"load_checkpoint: expected a checkpoint with a child, as this engine has one, but {why} from {load_dir}."
+                    " Remedy: load before child.select(), or detach() first."
+                )
+
+    def _opened(self, folder: Path, name: str) -> tuple[Child, RunRecord]:
+        """The child's files and the record, once they are known to be whole and of this run's kind."""
+        here = folder / name
+        with raising_together():
+            try:
+                child = open_child(here / tag_folder.CHILD, kind=KIND, checksums=False)
+                record = RunRecord.of(child)
+                rank, ranks = dist.get_rank(), dist.get_world_size()
+                child.check_contents(rank, ranks)
+                record.check_files(here, rank, ranks)
+            except ChildFileError as error:
+                others = [tag for tag in tag_folder.tags(folder) if tag != name]
+                raise ChildFileError(
+                    f"load_checkpoint: {here} is not whole: {error} Other checkpoints here, newest first:"
+                    f" {', '.join(others[:3]) or 'none'}; load one with tag=."
+                ) from error
+            check_config(child, self._attached.config)
+            check_model(child, self._attached.parameters.shapes, self._attached.stored_names(chosen=record.chosen))
+            self._check_precision(record, here)
+        return child, record
+
+    def _check_precision(self, record: RunRecord, here: Path) -> None:
+        precision = self._attached.precision
+        if record.precision != precision:
+            raise ValueError(
+                f"load_checkpoint: {here}: expected a model in {record.precision}, as in the checkpoint, got {precision}."
+                " Remedy: set the same bf16 or fp16 in the DeepSpeed config."
+            )
+
+    def _is_same_shape(self, child: Child, record: RunRecord, mine: Sequence[Any]) -> bool:
+        """Whether every rank finds its own flat shards in the files of its own name. A collective."""
+        rank = dist.get_rank()
+        same = record.world_size == dist.get_world_size()
+        same = same and record.optimizer == _zero_checkpoint.kind_of(self._attached.engine)
+        with raising_together():
+            same = same and read_layout(child.folder / record.ranks[rank].name) == tuple(mine)
+        return all(gather_objects(same))
+
+    def _load_elsewhere(
+        self, here: Path, child: Child, record: RunRecord, mine: Sequence[Any], load_lr_scheduler_states: bool
+    ) -> dict[str, Any]:
+        with raising_together():
+            layout = Layout(shard for file in record.ranks for shard in read_layout(child.folder / file.name))
+            files = {(file.what, file.rank): file.name for file in record.deepspeed}
+            run = SavedRun(here, record.optimizer, files)
+            _zero_elastic.check_elsewhere(self._attached.engine, run, layout, self._attached.shards)
+        return _zero_elastic.load_elsewhere(
+            self._attached.engine,
+            run,
+            layout,
+            self._attached.shards,
+            mine,
+            self._attached.parameters,
+            load_lr_scheduler_states=load_lr_scheduler_states,
+        )
