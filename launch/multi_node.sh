@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
 # Several nodes over ssh, started once, on any of them. HOSTFILE is like launch/hostfile.example; the repository and its
-# virtual environment lie at the same path on every node.
+# virtual environment lie at the same path on every node. DeepSpeed starts the nodes with pdsh, and hands on the environment variables
+# that are listed, NAME=VALUE, in ~/.deepspeed_env.
 #
 #     HOSTFILE=my_hosts bash launch/multi_node.sh --model bert-large-cased --data nyu-mll/glue --data-config rte
 set -euo pipefail
 cd "$(dirname "$0")/.."
+command -v pdsh > /dev/null || {
+    echo "launch/multi_node.sh: expected pdsh, found none. Remedy: install it, or use launch/node_by_node.sh or launch/mpirun.sh." >&2
+    exit 1
+}
 exec deepspeed --hostfile "${HOSTFILE:?expected the path of a hostfile, see launch/hostfile.example}" \
     --master_port "${MASTER_PORT:-29500}" launch/finetune.py "$@"

@@ -3,12 +3,12 @@
     python launch/study.py run launch/study_glue.yaml --data GLUE_FOLDER --results docs/evidence/glue.jsonl --jobs 2
     python launch/study.py report launch/study_glue.yaml docs/evidence/glue.jsonl --plot docs/evidence/glue.png
 
-Likewise study_ablations.yaml (into the same results file, whose runs it shares), study_low_resource.yaml and study_transfer.yaml;
-study_bert_large.yaml is the paper's own table, for those who have GPUs.
+Likewise study_ablations.yaml (into the same results file, whose runs it shares); study_low_resource.yaml and study_transfer.yaml, each
+into a file of its own; study_bert_large.yaml is the paper's own table, for those who have GPUs.
 
 `run` may be stopped at any time and started again: every finished job is one JSON line in the results file, and jobs
-that have a line are skipped. For every task and method it first tunes the learning rate on the tuning seed; the seeds that
-are reported never see that choice being made.
+that have a line are skipped, or refused where they were run with other settings. For every task and method it first tunes
+the learning rate on the tuning seed; the seeds that are reported never see that choice being made (the development set does).
 """
 
 from __future__ import annotations
@@ -18,178 +18,102 @@ import json
 import os
 import random
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Annotated, Any
 
-import numpy as np
 import typer
-import yaml
-from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
+from study_grid import (
+    ROOT,
+    Binarise,
+    Grid,
+    Job,
+    Options,
+    data_of,
+    job_of,
+    line_of,
+    method_options,
+    read_grid,
+    read_results,
+    reported_jobs,
+    settings_of,
+    tuning_jobs,
+)
+from study_report import HEADER, draw, rows
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
-Options = dict[str, Any]
+MAX_FAILURES = 3
+"""Failed jobs until no further one is started: the next are likely to fail, too."""
 
-# ---------------------------------------------------------------- the grid
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+# ---------------------------------------------------------------- one job
 
 
-class Binarise(Strict):
-    """Classes from a score: 1 from `above` on, 0 up to `below`; what lies between is left out."""
-
-    above: float
-    below: float
-
-
-class Domain(Strict):
-    """Another domain to test on, with the task's columns."""
-
-    file: str
-    """json lines, inside --data."""
-    binarise: Binarise | None = None
-
-
-class Task(Strict):
-    metric: str
-    """The score that the study compares, one of launch/finetune.py's metrics."""
-    text_columns: str
-    folder: str | None = None
-    """Folder inside --data; the task's own name when absent."""
-    hub: Options = Field(default_factory=dict)
-    """Options that name the data set on the hub, for --data hub."""
-    binarise: Binarise | None = None
-    also_eval: dict[str, Domain] = Field(default_factory=dict)
-    """Other domains, by a name for the table."""
-    finetune: Options = Field(default_factory=dict)
-
-
-class Tuning(Strict):
-    seed: int
-    lr: list[float] = Field(min_length=1)
-
-
-class Grid(Strict):
-    """One YAML file."""
-
-    finetune: Options
-    launcher: Options = Field(default_factory=dict)
-    tasks: dict[str, Task] = Field(min_length=1)
-    methods: dict[str, Options] = Field(min_length=1)
-    """Options of each method; a mapping in place of a value is by task. `lr_of` names a method whose tuned lr is used."""
-    tuning: Tuning
-    seeds: list[int] = Field(min_length=1)
-    train_limits: list[int | None] = [None]
-    """Low-resource curve: sizes of the training set."""
-
-
-@dataclass(frozen=True)
-class Job:
-    task: str
-    method: str
-    seed: int
-    lr: float
-    train_limit: int | None = None
-
-
-def read_grid(path: Path) -> Grid:
-    grid = Grid.model_validate(yaml.safe_load(path.read_text()))
-    if grid.tuning.seed in grid.seeds:
-        raise ValueError(
-            f"{path}: expected a tuning seed that is not reported, got {grid.tuning.seed}, one of seeds {grid.seeds}."
-            " Remedy: choose another."
-        )
-    return grid
-
-
-def tuned_as(grid: Grid, method: str) -> str:
-    """The method whose learning rate `method` uses."""
-    return str(grid.methods[method].get("lr_of", method))
-
-
-def tuning_jobs(grid: Grid, task: str, limit: int | None) -> list[Job]:
-    methods = dict.fromkeys(tuned_as(grid, m) for m in grid.methods)
-    return [Job(task, m, grid.tuning.seed, lr, limit) for m in methods for lr in grid.tuning.lr]
-
-
-def reported_jobs(grid: Grid, task: str, limit: int | None, results: Sequence[Options]) -> list[Job]:
-    """Jobs of the seeds that are reported; those of a method that is not tuned yet are left out."""
-    best = best_lr(grid, results)
-    pairs = itertools.product(grid.seeds, grid.methods)
-    lrs = [(seed, method, best.get((task, limit, tuned_as(grid, method)))) for seed, method in pairs]
-    return [Job(task, method, seed, lr, limit) for seed, method, lr in lrs if lr is not None]
-
-
-def best_lr(grid: Grid, results: Sequence[Options]) -> dict[tuple[str, int | None, str], float]:
-    """By task, training set size and method: the learning rate of the best score on the tuning seed; the smaller on a tie."""
-    scores: dict[tuple[str, int | None, str], dict[float, float]] = defaultdict(dict)
-    for r in results:
-        if r["seed"] == grid.tuning.seed and r["task"] in grid.tasks and r["lr"] in grid.tuning.lr:
-            scores[r["task"], r["train_limit"], r["method"]][r["lr"]] = r["metrics"][grid.tasks[r["task"]].metric]
-    complete = {key: of for key, of in scores.items() if len(of) == len(set(grid.tuning.lr))}
-    return {key: max(sorted(of), key=lambda lr, of=of: of[lr]) for key, of in complete.items()}
-
-
-# ---------------------------------------------------------------- running
-
-
-def read_results(path: Path) -> list[Options]:
-    """Whole lines; a last line that a crash cut short is that job's loss alone."""
-    results = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            results.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return results
-
-
-def job_of(result: Options) -> Job:
-    return Job(**{key: result[key] for key in Job.__dataclass_fields__})
-
-
-def file_of(file: Path, binarise: Binarise | None, scratch: Path) -> Path:
-    """`file`, or a copy of it in `scratch` whose label is a class."""
-    if binarise is None:
+def file_of(file: Path, binarise: Binarise | None, scratch: Path, *, without: frozenset[str] = frozenset()) -> Path:
+    """`file`, or a copy of it in `scratch` whose label is a class, less the rows that hold one of the texts `without`."""
+    if binarise is None and not without:
         return file
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    sure = [row for row in rows if not binarise.below < row["label"] < binarise.above]
+    rows = [row for row in rows if without.isdisjoint(v for v in row.values() if isinstance(v, str))]
+    if binarise is not None:
+        sure = [row for row in rows if not binarise.below < row["label"] < binarise.above]
+        rows = [row | {"label": int(row["label"] >= binarise.above)} for row in sure]
     copy = scratch / f"{file.parent.name}-{file.name}"
-    copy.write_text("".join(json.dumps(row | {"label": int(row["label"] >= binarise.above)}) + "\n" for row in sure))
+    copy.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return copy
+
+
+def texts_of(file: Path, columns: str) -> frozenset[str]:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return frozenset(row[column] for row in rows for column in columns.split(","))
 
 
 def options_of(grid: Grid, job: Job, data: str, scratch: Path) -> Options:
     """launch/finetune.py's options for a job."""
     task = grid.tasks[job.task]
-    method = {
-        k: v.get(job.task) if isinstance(v, dict) else v for k, v in grid.methods[job.method].items() if k != "lr_of"
-    }
-    folder = Path(data) / (task.folder or job.task)
-    names = {"train_file": "train.jsonl", "eval_file": "validation.jsonl"}
+    also: list[str] = []
     if data == "hub":
         where: Options = task.hub
     else:
+        folder = Path(data) / (task.folder or job.task)
+        names = {"train_file": "train.jsonl", "eval_file": "validation.jsonl"}
         where = {key: file_of(folder / name, task.binarise, scratch) for key, name in names.items()}
+        # What was trained on is no test of another domain, wherever it is found again.
+        seen = texts_of(folder / "train.jsonl", task.text_columns) if task.also_eval else frozenset()
+        others = task.also_eval.items()
+        also = [f"{name}={file_of(Path(data) / d.file, d.binarise, scratch, without=seen)}" for name, d in others]
     own = {"seed": job.seed, "lr": job.lr, "train_limit": job.train_limit, "text_columns": task.text_columns}
-    others = {name: file_of(Path(data) / d.file, d.binarise, scratch) for name, d in task.also_eval.items()}
-    also = [f"{name}={file}" for name, file in others.items()]
-    merged = grid.finetune | task.finetune | where | method | own | {"also_eval": also}
+    merged = grid.finetune | task.finetune | where | method_options(grid, job) | own | {"also_eval": also}
     return {k: v for k, v in merged.items() if v is not None}
+
+
+def check_data(grid: Grid, data: str) -> str:
+    """`data` as jobs, which run in another folder, can use it."""
+    if data != "hub":
+        return str(Path(data).resolve())
+    for name, task in grid.tasks.items():
+        if "data" not in task.hub:
+            raise ValueError(
+                f"--data hub: expected `hub: {{data: ...}}` for task {name!r}, got {task.hub}. Remedy: add it."
+            )
+        if task.binarise or task.also_eval:
+            raise ValueError(
+                f"--data hub: expected a task without binarise and also_eval, got {name!r}, which has them."
+                " Remedy: save the splits as FOLDER/<task>/train.jsonl and validation.jsonl, and pass --data FOLDER."
+            )
+    return data
 
 
 # Below the range from which a system gives ports to connections: one of those might take a port before the job listens on it.
@@ -205,12 +129,14 @@ def free_port() -> int:
     raise AssertionError("PORTS never ends")
 
 
-def command_of(grid: Grid, options: Options, results: Path) -> list[str]:
+def command_of(grid: Grid, options: Options, results: Path, gpu: int | None = None) -> list[str]:
     launcher = {k: v for k, v in grid.launcher.items() if not k.isupper()}
+    if gpu is not None:
+        launcher = {k: v for k, v in launcher.items() if k != "num_gpus"} | {"include": f"localhost:{gpu}"}
     # By this interpreter, so that the study's own environment is the jobs' one.
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
     command += [f"--{k}={v}" for k, v in launcher.items()]
-    command += [str(HERE / "finetune.py"), "--results", str(results)]
+    command += [str(ROOT / "launch" / "finetune.py"), "--results", str(results)]
     for key, value in options.items():
         flag = key.replace("_", "-")
         if isinstance(value, bool):
@@ -221,42 +147,104 @@ def command_of(grid: Grid, options: Options, results: Path) -> list[str]:
     return command
 
 
-def run_job(grid: Grid, job: Job, data: str) -> Options:
-    """Run one job and return its line of the results file, which names no folder of this machine."""
-    environment = os.environ | {k: str(v) for k, v in grid.launcher.items() if k.isupper()}
-    with tempfile.TemporaryDirectory() as folder:
-        results = Path(folder) / "result.jsonl"
-        command = command_of(grid, options_of(grid, job, data, Path(folder)), results)
-        done = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True, check=False)
-        if done.returncode or not results.exists():
-            raise RuntimeError(
-                f"{shlex.join(command)}\nended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}"
-            )
-        result = json.loads(results.read_text())
-    keep = (
-        "metrics",
-        "also",
-        "train_loss",
-        "density",
-        "steps",
-        "train_examples",
-        "eval_examples",
-        "seconds",
-        "world_size",
-    )
-    config = result["ds_config"]
-    return (
-        asdict(job)
-        | {key: result[key] for key in keep}
-        | {
-            "reserve_p": config.get("child_tuning", {}).get("reserve_p"),
-            "zero_stage": config["zero_optimization"]["stage"],
-            "bf16": config["bf16"]["enabled"],
-            "device": result["device"],
-            "versions": result["versions"],
-            "date": time.strftime("%Y-%m-%d"),
-        }
-    )
+# ---------------------------------------------------------------- all jobs
+
+
+@dataclass
+class Runner:
+    """Runs jobs side by side and adds their lines to the results file."""
+
+    grid: Grid
+    data: str
+    results: Path
+    jobs: int
+    gpus: int = 0
+    """GPUs that jobs take turns on; 0: every job's launcher finds its own device."""
+    failures: list[str] = field(default_factory=list)
+    _lock: Any = field(default_factory=threading.Lock)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _groups: set[int] = field(default_factory=set)
+    """Process groups of jobs that are running."""
+    _free: SimpleQueue[int | None] = field(default_factory=SimpleQueue)
+
+    def __post_init__(self) -> None:
+        for i in range(self.jobs):
+            self._free.put(i % self.gpus if self.gpus else None)
+
+    def run(self, jobs: Sequence[Job], bar: Any) -> None:
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                list(pool.map(lambda job: self._one(job, bar), jobs))
+            except BaseException:
+                # Whatever ends the study ends its jobs: one that went on would be run again beside itself.
+                self._stop.set()
+                self._kill()
+                raise
+
+    def _kill(self) -> None:
+        with self._lock:
+            for group in self._groups:
+                with suppress(ProcessLookupError):
+                    os.killpg(group, signal.SIGKILL)
+
+    def _one(self, job: Job, bar: Any) -> None:
+        if self._stop.is_set():
+            return
+        gpu = self._free.get()
+        try:
+            line = self._job(job, gpu)
+        except (RuntimeError, OSError, ValueError) as error:
+            with self._lock:
+                if not self._stop.is_set():
+                    self.failures.append(f"{job}: {error}")
+                    bar.write(self.failures[-1], file=sys.stderr)
+                if len(self.failures) >= MAX_FAILURES:
+                    self._stop.set()
+            return
+        finally:
+            self._free.put(gpu)
+        with self._lock:
+            self._append(json.dumps(line))
+            bar.set_postfix_str(f"{job.task} {job.method} seed {job.seed} lr {job.lr:g}", refresh=False)
+            bar.update()
+
+    def _job(self, job: Job, gpu: int | None) -> Options:
+        environment = os.environ | {k: str(v) for k, v in self.grid.launcher.items() if k.isupper()}
+        with tempfile.TemporaryDirectory() as folder:
+            result = Path(folder) / "result.jsonl"
+            command = command_of(self.grid, options_of(self.grid, job, self.data, Path(folder)), result, gpu)
+            with self._lock:
+                if self._stop.is_set():
+                    raise RuntimeError("the study was stopped")
+                process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    cwd=ROOT,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    start_new_session=True,
+                )
+                self._groups.add(process.pid)
+            output, _ = process.communicate()
+            with self._lock:
+                self._groups.discard(process.pid)
+            if process.returncode or not result.exists():
+                raise RuntimeError(f"{shlex.join(command)}\nended with {process.returncode}:\n{output[-4000:]}")
+            found = json.loads(result.read_text())
+        settings, data = settings_of(self.grid, job), data_of(self.grid, job, self.data)
+        return line_of(job, found, settings, data, time.strftime("%Y-%m-%d"))
+
+    def _append(self, line: str) -> None:
+        """In one write, so that a crash leaves whole lines; on a new line, whatever a crash has left before it."""
+        torn = self.results.exists() and not self.results.read_text().endswith("\n") and self.results.stat().st_size
+        with self.results.open("a") as file:
+            file.write(("\n" if torn else "") + line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+# ---------------------------------------------------------------- the command line
 
 
 def run(
@@ -264,123 +252,43 @@ def run(
     data: Annotated[str, typer.Option(help="Folder of the tasks' files, or hub.")],
     results: Annotated[Path, typer.Option(help="JSON lines; added to.")],
     jobs: Annotated[int, typer.Option(help="Jobs side by side.")] = 1,
+    gpus: Annotated[int, typer.Option(help="GPUs of this machine that jobs of one GPU take turns on.")] = 0,
 ) -> None:
     """Run what is not in the results file yet."""
     grid = read_grid(grid_file)
+    data = check_data(grid, data)
     results.parent.mkdir(parents=True, exist_ok=True)
-    lock = threading.Lock()
-    stop = threading.Event()
-    per_cell = len(grid.seeds) * len(grid.methods)
     cells = list(itertools.product(grid.tasks, grid.train_limits))
-    total = sum(len(tuning_jobs(grid, *cell)) + per_cell for cell in cells)
-    finished = {job_of(r) for r in read_results(results)}
-    bar = tqdm(total=total, desc="Study", unit=" jobs", smoothing=0)
-
-    def one(job: Job) -> None:
-        if stop.is_set():
-            return
-        try:
-            line = json.dumps(run_job(grid, job, data))
-        except BaseException:
-            stop.set()
-            raise
-        with lock:
-            # One write, so that a crash leaves whole lines; on a new line, whatever a crash has left before it.
-            torn = results.exists() and not results.read_text().endswith("\n") and results.stat().st_size
-            with results.open("a") as file:
-                file.write(("\n" if torn else "") + line + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            bar.set_postfix_str(f"{job.task} {job.method} seed {job.seed} lr {job.lr:g}", refresh=False)
-            bar.update()
-
-    with ThreadPoolExecutor(jobs) as pool:
-
-        def run_all(wanted: Sequence[Job]) -> None:
-            bar.update(sum(job in finished for job in wanted))
-            list(pool.map(one, [job for job in wanted if job not in finished]))
-
-        # Seed by seed over all cells: a study that is stopped early has a table, of fewer seeds.
-        run_all([job for cell in cells for job in tuning_jobs(grid, *cell)])
-        done = read_results(results)
-        run_all(sorted((job for cell in cells for job in reported_jobs(grid, *cell, done)), key=lambda job: job.seed))
+    tuning = [job for cell in cells for job in tuning_jobs(grid, *cell)]
+    finished = read_results(results, grid)
+    for result in finished:
+        theirs, ours = result["data"], data_of(grid, job_of(result), data)
+        if theirs != ours:
+            raise ValueError(
+                f"{results}: expected results on the data of --data, got {job_of(result)} on {theirs}, here {ours}."
+                " Remedy: another --results file, or the data that it belongs to."
+            )
+    total = len(tuning) + len(cells) * len(grid.seeds) * len(grid.methods)
+    done = {job_of(r) for r in finished}
+    wanted = set(tuning) | {job for cell in cells for job in reported_jobs(grid, *cell, finished)}
+    # What was finished before says nothing of how fast this machine is.
+    bar = tqdm(total=total, initial=len(done & wanted), desc="Study", unit=" jobs", smoothing=0)
+    runner = Runner(grid, data, results, jobs, gpus)
+    # As Ctrl-C does: jobs have sessions of their own, so that nobody else ends them.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # Seed by seed over all cells: a study that is stopped early has a table, of fewer seeds.
+    runner.run([job for job in tuning if job not in done], bar)
+    tuned = read_results(results, grid)
+    report_jobs = sorted((job for cell in cells for job in reported_jobs(grid, *cell, tuned)), key=lambda job: job.seed)
+    runner.run([job for job in report_jobs if job not in done], bar)
     bar.close()
-
-
-# ---------------------------------------------------------------- reporting
-
-
-def reported(grid: Grid, results: Sequence[Options]) -> Iterator[tuple[Job, str, float]]:
-    """Each reported job, what it was tested on, and its score there."""
-    by_job = {job_of(r): r for r in results}
-    for task, limit in itertools.product(grid.tasks, grid.train_limits):
-        metric = grid.tasks[task].metric
-        for job in reported_jobs(grid, task, limit, results):
-            if job in by_job:
-                yield job, task, 100 * float(by_job[job]["metrics"][metric])
-                for domain in grid.tasks[task].also_eval:
-                    yield job, f"{task} > {domain}", 100 * float(by_job[job]["also"][domain][metric])
-
-
-def bootstrap(differences: Sequence[float], draws: int = 10_000) -> tuple[float, float]:
-    """95 % percentile interval of the mean."""
-    values = np.asarray(differences)
-    index = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
-    low, high = np.percentile(values[index].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def rows(grid: Grid, results: Sequence[Options]) -> list[list[str]]:
-    """task, examples, method, lr, seeds, mean ± standard deviation, difference to the first method on the same seeds."""
-    scores: dict[tuple[str, int | None, str], dict[int, float]] = defaultdict(dict)
-    lrs = {}
-    for job, tested, score in reported(grid, results):
-        scores[tested, job.train_limit, job.method][job.seed] = score
-        lrs[tested, job.train_limit, job.method] = job.lr
-    baseline = next(iter(grid.methods))
-    table = []
-    # Seeds take turns while a study runs: put what was tested on the same data together, in the order of the grid.
-    position = {cell: i for i, cell in enumerate(dict.fromkeys((tested, limit) for tested, limit, _ in scores))}
-    for (tested, limit, method), of in sorted(scores.items(), key=lambda item: position[item[0][:2]]):
-        base = scores[tested, limit, baseline]
-        paired = [of[seed] - base[seed] for seed in of if seed in base]
-        difference = "" if method == baseline or not paired else f"{np.mean(paired):+.2f}"
-        if difference and len(paired) > 1:
-            difference += " [{:+.2f}, {:+.2f}]".format(*bootstrap(paired))
-        values = list(of.values())
-        spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-        what = f"{tested} ({grid.tasks[tested.partition(' > ')[0]].metric})"
-        examples = "all" if limit is None else str(limit)
-        lr = f"{lrs[tested, limit, method]:g}"
-        table.append([what, examples, method, lr, str(len(values)), f"{np.mean(values):.2f}{spread}", difference])
-    return table
-
-
-HEADER = ["task", "examples", "method", "lr", "seeds", "mean ± s.d.", "paired difference to {} [95 % bootstrap]"]
-
-
-def draw(grid: Grid, results: Sequence[Options], path: Path) -> None:
-    """Score per method and task, seeds as dots."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
-
-    scores: dict[tuple[str, int | None], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for job, tested, score in reported(grid, results):
-        scores[tested, job.train_limit][job.method].append(score)
-    figure, all_axes = plt.subplots(
-        1, len(scores), figsize=(3.2 * len(scores), 3.4), squeeze=False, layout="constrained"
-    )
-    for axes, ((tested, limit), of) in zip(all_axes[0], scores.items(), strict=True):
-        for i, values in enumerate(of.values()):
-            jitter = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else np.zeros(1)
-            axes.plot(i + jitter, values, "o", color=f"C{i}", alpha=0.55)
-            axes.hlines(np.mean(values), i - 0.25, i + 0.25, color=f"C{i}", linewidth=2)
-        axes.set_xticks(range(len(of)), list(of), rotation=25, ha="right")
-        axes.set_title(tested if limit is None else f"{tested}, {limit} examples")
-        axes.set_ylabel(f"{grid.tasks[tested.partition(' > ')[0]].metric} x 100")
-    figure.savefig(path, dpi=110)
+    if runner.failures:
+        print(
+            f"{len(runner.failures)} jobs failed, see above; the same command runs them again"
+            + (", and those that were not started." if len(runner.failures) >= MAX_FAILURES else "."),
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
 
 
 def report(
@@ -391,17 +299,19 @@ def report(
 ) -> None:
     """Print the table, and draw the plot."""
     grid = read_grid(grid_file)
-    results = read_results(results_file)
-    header = [h.format(next(iter(grid.methods))) for h in HEADER]
+    results = read_results(results_file, grid)
+    header = [h.format(grid.compared_with) for h in HEADER]
     if markdown:
         print("\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows(grid, results)]))
     else:
         table = Table(*header)
         for row in rows(grid, results):
             table.add_row(*row)
-        Console().print(table)
+        console = Console()
+        # A pipe has no width: do not squeeze the table into 80 columns.
+        console.print(table, width=None if console.is_terminal else 160, crop=False)
     hours = sum(r["seconds"]["total"] for r in results) / 3600
-    print(f"\n{len(results)} runs, {hours:.1f} hours of run time")
+    print(f"\n{len(results)} runs, tuning included, {hours:.1f} hours of run time")
     if plot is not None:
         draw(grid, results, plot)
 

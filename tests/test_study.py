@@ -1,0 +1,274 @@
+"""launch/study.py: grids, matching results with jobs, statistics, and jobs that fail or are stopped; the jobs themselves are stubs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "launch"))
+
+import study  # noqa: E402
+import study_grid  # noqa: E402
+import study_report  # noqa: E402
+
+SENTENCES = {"metric": "accuracy", "text_columns": "a,b", "hub": {"data": "somebody/pairs"}}
+GRID: dict[str, Any] = {
+    "finetune": {"model": "m", "ds_config": "ds_configs/zero1_child_d.json", "epochs": 3},
+    "launcher": {"num_gpus": 1, "OMP_NUM_THREADS": 1},
+    "tasks": {"t": SENTENCES},
+    "methods": {"vanilla": {"method": "plain"}, "D": {"method": "ChildTuning-D", "reserve_p": {"t": 0.3}}},
+    "tuning": {"seed": 0, "lr": [1e-4, 2e-4]},
+    "seeds": [1, 2, 3],
+}
+
+
+def grid(**changes: Any) -> study_grid.Grid:
+    return study_grid.Grid.model_validate(GRID | changes)
+
+
+def found(score: float) -> dict[str, Any]:
+    """As launch/finetune.py writes it, as far as the study reads it."""
+    config = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": False}, "child_tuning": {"reserve_p": 0.3}}
+    result = dict.fromkeys(("also", "train_loss", "density", "steps", "train_examples", "eval_examples", "world_size"))
+    return result | {
+        "metrics": {"accuracy": score},
+        "seconds": {"total": 1.0},
+        "ds_config": config,
+        "device": "cpu",
+        "versions": {"torch": "2"},
+    }
+
+
+def line(of: study_grid.Grid, job: study_grid.Job, score: float, **changes: Any) -> dict[str, Any]:
+    return study_grid.line_of(job, found(score), study_grid.settings_of(of, job), {}, "2026-01-01") | changes
+
+
+def write(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in lines))
+    return path
+
+
+def whole(of: study_grid.Grid, scores: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Tuning that prefers 2e-4, then `scores` of the reported seeds."""
+    lines = [line(of, study_grid.Job("t", m, 0, lr), lr) for m in scores for lr in (1e-4, 2e-4)]
+    for method, values in scores.items():
+        lines += [line(of, study_grid.Job("t", method, i + 1, 2e-4), value) for i, value in enumerate(values)]
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"seeds": [0, 1]}, "tuning seed that is not reported"),
+        ({"baseline": "vanila"}, "baseline among"),
+        ({"methods": {"D": {"reserve_p": {"u": 0.3}}}}, "reserve_p of 'D' for each of"),
+        ({"methods": {"D": {"lr_of": "E"}}}, "lr_of of 'D'"),
+        ({"methods": {"D": {"lr_of": "E"}, "E": {"lr_of": "D"}}}, "tuned itself"),
+        ({"tasks": {"t": SENTENCES | {"metric": "mcc"}}}, "metric of 't' among"),
+        ({"tasks": {"t": SENTENCES | {"finetune": {"task": "regression"}}}}, "metric of 't' among"),
+        ({"finetune": GRID["finetune"] | {"train_limit": 100}}, "that a job sets itself"),
+        ({"task": {}}, "Extra inputs"),
+    ],
+)
+def test_what_is_misspelt_is_refused(changes: dict[str, Any], says: str) -> None:
+    grid()
+    with pytest.raises(ValidationError, match=says):
+        grid(**changes)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("study_*.yaml")), ids=lambda p: p.stem)
+def test_our_grids_are_whole(path: Path) -> None:
+    ours = study_grid.read_grid(path)
+    for task in ours.tasks:
+        for job in study_grid.tuning_jobs(ours, task, ours.train_limits[0]):
+            assert study_grid.settings_of(ours, job)["ds_config"].startswith("sha256:")
+
+
+def test_the_committed_results_are_those_of_our_grid() -> None:
+    ours = study_grid.read_grid(ROOT / "launch" / "study_glue.yaml")
+    results = study_grid.read_results(ROOT / "docs" / "evidence" / "glue.jsonl", ours)
+    table = study_report.rows(ours, results)
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    assert len(table) == 12
+    assert all("| " + " | ".join(row) + " |" in page for row in table)
+
+
+def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", whole(grid(), {"vanilla": [0.5]}))
+    assert len(study_grid.read_results(path, grid())) == 3
+    longer = grid(finetune=GRID["finetune"] | {"epochs": 30})
+    with pytest.raises(ValueError, match=r"epochs \(3, here 30\)"):
+        study_grid.read_results(path, longer)
+
+
+def test_other_grids_share_a_file_and_a_torn_line_is_lost_alone(tmp_path: Path) -> None:
+    lines = whole(grid(), {"vanilla": [0.5, 0.6], "D": [0.7]})
+    other = [r | {"method": "E"} for r in lines] + [r | {"task": "u"} for r in lines] + [lines[0] | {"train_limit": 9}]
+    path = write(tmp_path / "r.jsonl", lines + other)
+    path.write_text(path.read_text() + '{"task": "t", "me')
+    assert study_grid.read_results(path, grid()) == lines
+
+
+def test_the_best_rate_is_chosen_on_the_tuning_seed_and_a_diverged_run_never_wins() -> None:
+    of = grid(tuning={"seed": 0, "lr": [1e-4, 2e-4, 4e-4]})
+    scores = {1e-4: float("nan"), 2e-4: 0.5, 4e-4: 0.5}
+    results = [line(of, study_grid.Job("t", "D", 0, lr), s) for lr, s in scores.items()]
+    results += [
+        line(of, study_grid.Job("t", "D", 1, 4e-4), 0.9),
+        line(of, study_grid.Job("t", "vanilla", 0, 1e-4), 0.9),
+    ]
+    assert study_grid.best_lr(of, results) == {("t", None, "D"): 2e-4}, (
+        "a tie goes to the smaller; vanilla is not complete"
+    )
+
+
+def test_differences_are_paired_by_seed_device_and_versions() -> None:
+    lines = whole(grid(), {"vanilla": [0.50, 0.52, 0.54], "D": [0.53, 0.52, 0.60]})
+    vanilla, child = study_report.rows(grid(), lines)
+    assert vanilla[:6] == ["t (accuracy)", "all", "vanilla", "0.0002", "3", "52.00 ± 2.00"]
+    assert vanilla[6:] == [""] * 4
+    assert child[6:8] == ["3", "+3.00"]
+    # By hand: 3, 0 and 6 have a standard deviation of 3; t of two degrees of freedom is 4.303.
+    assert child[9] == f"{3 - 4.303 * 3 / 3**0.5:+.2f} .. {3 + 4.303 * 3 / 3**0.5:+.2f}"
+    lines[-1] = lines[-1] | {"device": "cuda"}
+    assert study_report.rows(grid(), lines)[1][4:8] == ["3", "55.00 ± 4.36", "2", "+1.50"]
+    turned = study_report.rows(grid(baseline="D"), lines)
+    assert [row[7] for row in turned] == ["-1.50", ""]
+
+
+def test_intervals_cover_what_the_page_says_they_cover() -> None:
+    draws = np.random.default_rng(1).normal(size=(400, 5))
+    covered = {f: np.mean([f(d)[0] < 0 < f(d)[1] for d in draws]) for f in (study_report.paired_t, _quick_bootstrap)}
+    assert 0.92 < covered[study_report.paired_t] < 0.98
+    assert 0.78 < covered[_quick_bootstrap] < 0.88
+
+
+def _quick_bootstrap(differences: Any) -> tuple[float, float]:
+    return study_report.bootstrap(differences, draws=1000)
+
+
+@pytest.mark.parametrize("limits", [[None], [500, None]])
+def test_the_plot_takes_a_study_that_is_not_finished(tmp_path: Path, limits: list[int | None]) -> None:
+    of = grid(train_limits=limits)
+    lines = whole(of, {"D": [0.5, 0.6], "vanilla": []})
+    study_report.draw(of, lines, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="Remedy: run the grid on"):
+        study_report.draw(of, lines[:4], tmp_path / "none.png")
+
+
+# ---------------------------------------------------------------- jobs
+
+
+def test_another_domain_holds_nothing_that_was_trained_on(tmp_path: Path) -> None:
+    rows = [{"a": "x", "b": "y", "label": 5.0}, {"a": "new", "b": "z", "label": 0.5}, {"a": "p", "b": "q", "label": 3}]
+    (tmp_path / "d").mkdir()
+    file = write(tmp_path / "d" / "validation.jsonl", rows)
+    (tmp_path / "scratch").mkdir()
+    seen = study.texts_of(write(tmp_path / "train.jsonl", [{"a": "k", "b": "y"}]), "a,b")
+    kept = study.file_of(file, study_grid.Binarise(above=4, below=2), tmp_path / "scratch", without=seen)
+    assert [json.loads(r) for r in kept.read_text().splitlines()] == [{"a": "new", "b": "z", "label": 0}]
+    assert study.file_of(file, None, tmp_path / "scratch") == file
+
+
+def test_the_hub_is_refused_for_what_needs_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert study.check_data(grid(), "hub") == "hub"
+    monkeypatch.chdir(tmp_path)
+    assert study.check_data(grid(), "glue") == str(tmp_path / "glue")
+    for changes, says in (
+        ({"hub": {}}, "expected `hub:"),
+        ({"binarise": {"above": 4, "below": 2}}, "without binarise"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            study.check_data(grid(tasks={"t": SENTENCES | changes}), "hub")
+
+
+def test_gpus_take_turns() -> None:
+    command = study.command_of(grid(), {"epochs": 3, "group_by_length": True}, Path("r"), gpu=5)
+    assert "--include=localhost:5" in command
+    assert not [part for part in command if "num_gpus" in part or "OMP" in part]
+    assert command[-4:] == ["r", "--epochs", "3", "--group-by-length"]
+    assert "--num_gpus=1" in study.command_of(grid(), {}, Path("r"))
+
+
+STUB = """
+import json, os, sys, time
+seed = {seed}
+if seed == 2:
+    sys.exit("no luck")
+if seed == {endless}:
+    open({pid!r}, "w").write(str(os.getpid()))
+    time.sleep(600)
+open({out!r}, "w").write(json.dumps({result!r}))
+"""
+STUDY = """
+import json, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+from pathlib import Path
+from tests import test_study as t
+t.stub_jobs(endless={endless}, pid={pid!r})
+t.study.read_grid = lambda _: t.grid()
+t.study.run(Path("g"), {data!r}, Path({results!r}), jobs=2)
+"""
+
+
+def stub_jobs(endless: int, pid: str) -> None:
+    """Jobs of seed 2 fail, and those of seed `endless` go on until they are killed."""
+
+    def command_of(_: Any, options: dict[str, Any], out: Path, gpu: int | None = None) -> list[str]:
+        text = STUB.format(seed=options["seed"], endless=endless, pid=pid, out=str(out), result=found(options["lr"]))
+        return [sys.executable, "-c", text]
+
+    study.command_of = command_of  # type: ignore[assignment]
+
+
+def start_study(tmp_path: Path, endless: int = -1) -> subprocess.Popen[str]:
+    folder = tmp_path / "t"
+    if not folder.exists():
+        folder.mkdir()
+        for name in ("train.jsonl", "validation.jsonl"):
+            write(folder / name, [{"a": "k", "b": "y", "label": 0}])
+    places = {"data": str(tmp_path), "results": str(tmp_path / "r.jsonl"), "pid": str(tmp_path / "pid")}
+    script = STUDY.format(root=str(ROOT), tests=str(ROOT / "launch"), endless=endless, **places)
+    return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+
+
+def test_a_job_that_fails_does_not_stop_the_others_and_is_run_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        process = start_study(tmp_path)
+        _, said = process.communicate()
+        assert process.returncode == 1
+        assert "no luck" in said
+        assert "2 jobs failed" in said
+        jobs = [study_grid.job_of(r) for r in study_grid.read_results(tmp_path / "r.jsonl", grid())]
+        assert len(jobs) == 4 + 4
+        assert {j.seed for j in jobs} == {0, 1, 3}
+        assert {j.lr for j in jobs if j.seed} == {2e-4}
+    (tmp_path / "t" / "train.jsonl").write_text("{}")
+    process = start_study(tmp_path)
+    assert "on the data of --data" in process.communicate()[1]
+
+
+def test_a_study_that_is_stopped_stops_its_jobs(tmp_path: Path) -> None:
+    process = start_study(tmp_path, endless=1)
+    pid = tmp_path / "pid"
+    while not pid.exists() or not pid.read_text():
+        with suppress(subprocess.TimeoutExpired):
+            pytest.fail(f"ended with {process.wait(0.1)}")
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert len(study_grid.read_results(tmp_path / "r.jsonl", grid())) == 4
