@@ -217,6 +217,13 @@ def gradient_dtype(engine: Engine, shards: tuple[FlatShard, ...]) -> torch.dtype
 
 def inside_accumulation(engine: Engine) -> bool:
     """True between the first micro-batch of an accumulation and its step."""
+    if not engine.managed_gradient_accumulation():
+        return bool(engine._unmanaged_backward_count)
+    # accelerate and Trainer set the boundary of every micro-batch themselves and call `step` at the last one alone, so that
+    # `micro_steps` counts something else.
+    boundary = engine._is_gradient_accumulation_boundary
+    if boundary is not None:
+        return not boundary
     return bool(engine.micro_steps % engine.gradient_accumulation_steps())
 
 

@@ -104,6 +104,7 @@ def calibration(engine: Engine, shards: Sequence[FlatShard], receive: Receive) -
     _clear_gradients(engine)
     if hasattr(optimizer, "clip_grad"):
         optimizer.clip_grad = 0.0
+    boundary = engine._is_gradient_accumulation_boundary
     engine.set_gradient_accumulation_boundary(True)
     try:
         if sees_partitions(engine):
@@ -114,7 +115,8 @@ def calibration(engine: Engine, shards: Sequence[FlatShard], receive: Receive) -
                 yield backward
     finally:
         engine.set_gradient_accumulation_boundary(False)
-        engine._is_gradient_accumulation_boundary = None
+        # The caller's own, which an engine that manages accumulation itself has not.
+        engine._is_gradient_accumulation_boundary = boundary
         if hasattr(optimizer, "set_gradient_accumulation_boundary"):
             optimizer.set_gradient_accumulation_boundary(engine.is_gradient_accumulation_boundary())
         snapshot.restore(engine)

@@ -7,6 +7,7 @@ shard of fp32 masters. Both are only ever used as tensors of one size per sub-gr
     grad_partitions_flat_buffer, and its views by parameter     of the child's size
     fp32_partitioned_groups_flat[i]                             the child shard
     partition_grads                                             takes the child's elements of each reduced partition first
+    _prepare_fp32_grad_for_sub_group                            zeros of the child's size for what was frozen after the start
     _reassign_or_swap_out_partitioned_parameters                no copy of a dense master; the step hook has scattered the child
 
 Accumulation, overflow check, norm, unscaling, clipping and the step are DeepSpeed's own code. The gradient norm is the child's,
@@ -94,6 +95,7 @@ class ZeroThreePlumbing:
         }
         make_gradient_buffer(optimizer, {i: p.last - p.first for i, p in self._partitions.items()})
         self._override("partition_grads", self._partition_grads)
+        self._override("_prepare_fp32_grad_for_sub_group", self._prepare_fp32_grad_for_sub_group)
         self._override("_reassign_or_swap_out_partitioned_parameters", optimizer._unflatten_partitioned_parameters)
 
     def remove(self, shards: Sequence[ChildShard], *, for_good: bool = True) -> None:
@@ -119,3 +121,14 @@ class ZeroThreePlumbing:
     def _partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> Any:
         inside = [self._partitions[p.ds_id].inside(g) for p, g in zip(params_to_release, grad_partitions, strict=True)]
         return type(self._optimizer).partition_grads(self._optimizer, params_to_release, inside)
+
+    def _prepare_fp32_grad_for_sub_group(self, sub_group_id: int) -> None:
+        optimizer = self._optimizer
+        of = zip(optimizer.fp16_groups[sub_group_id], optimizer.averaged_gradients[sub_group_id], strict=True)
+        # DeepSpeed gives a parameter that does not require grad any more a dense partition of zeros.
+        optimizer.averaged_gradients[sub_group_id] = [
+            grad if param.requires_grad else grad.new_zeros(part.last - part.first)
+            for param, grad in of
+            for part in [self._partitions[param.ds_id]]
+        ]
+        type(optimizer)._prepare_fp32_grad_for_sub_group(optimizer, sub_group_id)

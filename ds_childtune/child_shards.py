@@ -138,8 +138,8 @@ class CompactChild:
     """By flat shard."""
     plumbing: DeepPlumbing | None = None
     """None at depth wrap."""
-    _stepping: list[tuple[Group, list[Tensor], list[ChildShard]]] = field(default_factory=list)
-    """What stood in the param groups, for the length of a step, and what stands there now."""
+    _stepping: list[tuple[Group, list[Tensor], list[ChildShard], list[Tensor]]] = field(default_factory=list)
+    """What stood in the param groups, for the length of a step, and what stands there now, by shard and as the list itself."""
 
     @classmethod
     def of(
@@ -202,15 +202,23 @@ class CompactChild:
         if self.plumbing is None:
             # Those without elements too: their step counters go on as in the dense path.
             children = [c for c in children if c.gather()]
-        self._stepping.append((group, group["params"], children))
-        group["params"] = [c.tensor for c in children]
+        tensors = [c.tensor for c in children]
+        self._stepping.append((group, group["params"], children, tensors))
+        group["params"] = tensors
 
     def after_step(self) -> None:
-        for group, params, children in self._stepping:
+        for _, _, children, _ in self._stepping:
             for shard in children:
                 shard.scatter()
                 shard.tensor.grad = None
-            group["params"] = params
+        self.put_back()
+
+    def put_back(self) -> None:
+        """Param groups hold what they held before a step, which an exception may have left without `after_step`."""
+        for group, params, _, tensors in self._stepping:
+            # DeepSpeed may have put something else there since.
+            if group["params"] is tensors:
+                group["params"] = params
         self._stepping.clear()
 
     def frozen(self, tensor: Tensor) -> Tensor | None:
@@ -254,6 +262,7 @@ class CompactChild:
 
     def release(self) -> None:
         """Give the engine its dense flat shards back, and the optimizer its dense state, zero outside the child."""
+        self.put_back()
         if self.plumbing is not None:
             self.plumbing.remove(list(self.shards.values()))
         for flat, shard in self.shards.items():

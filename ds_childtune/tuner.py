@@ -383,8 +383,10 @@ class ChildTuner:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         policy = self._chosen_policy()
+        if isinstance(policy, CompactChild):
+            policy.put_back()
         for group in optimizer.param_groups:
-            shards = [self._known(tensor) for tensor in group["params"]]
+            shards = [self._known(tensor) for tensor in group["params"] if self._is_stepped(tensor)]
             if shards:
                 policy.before_step(optimizer, group, shards, self.step)
             if self._self_check is not None and isinstance(policy, (DenseChild, CompactChild)):
@@ -396,7 +398,8 @@ class ChildTuner:
         policy.after_step()
         if self._self_check is not None:
             self._self_check.after_step(max(float(group["lr"]) for group in optimizer.param_groups))
-        self._stepped.update(tensor for group in optimizer.param_groups for tensor in group["params"])
+        tensors = (tensor for group in optimizer.param_groups for tensor in group["params"])
+        self._stepped.update(tensor for tensor in tensors if self._is_stepped(tensor))
         if len(self._stepped) == len(self._shards):
             self._stepped.clear()
             self.step += 1
@@ -409,6 +412,10 @@ class ChildTuner:
         verdict = self._self_check.verdict(device())
         sum_over_ranks(verdict)
         self._self_check = None if judge(verdict.tolist()) else SelfCheck()
+
+    def _is_stepped(self, tensor: Tensor) -> bool:
+        """Without ZeRO the base optimizer may hold parameters that are frozen, which no flat shard has and no step moves."""
+        return tensor.requires_grad or tensor in self._shard_of
 
     def _known(self, tensor: Tensor) -> FlatShard:
         shard = self._shard_of.get(tensor)
