@@ -1,4 +1,4 @@
-"""The only file that reads DeepSpeed's attributes. `tests/test_seams.py` pins each one, so that an upgrade fails there first.
+"""With the other `_zero_*.py`, what reads DeepSpeed's attributes. `tests/test_seams.py` pins each: an upgrade fails there first.
 
 [Note: the one place]
 At every ZeRO stage DeepSpeed hands its *base optimizer* (`engine.basic_optimizer`) flat 1-D shards with `.grad` set - reduced,

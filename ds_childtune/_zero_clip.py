@@ -7,7 +7,8 @@ DeepSpeed takes the norm before it hands gradients to the base optimizer, so a s
     1, 2        optimizer.scaled_global_norm        over averaged_gradients; with offload, over norms taken in the backward pass
     3           optimizer._get_norm_groups          likewise
 
-Each is overridden on its instance by one that masks first. At depth deep nothing is needed: no gradient but the child's is kept.
+Each is overridden on its instance by one that masks first. At ZeRO-3 deep nothing is
+needed: no gradient but the child's is kept.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ def lean_start() -> Iterator[None]:
 
     For `"optimizer_state": "compact"` at depth deep. With a model built under `deepspeed.zero.Init` and scores in two bytes
     (`"fisher": {"score_dtype": "e8m8"}`) no phase then needs more than a few bytes for each parameter of a shard. Training is the
-    same, bit for bit. Until `select`, the engine evaluates but does not train.
+    same, bit for bit. Until `select`, the engine evaluates but does not train. A checkpoint of plain DeepSpeed whose optimizer states
+    are loaded before `select` brings dense masters, moments and gradient buffers, as it has them.
 
     Raises:
         NotImplementedError: inside `deepspeed.initialize`, with offload, or in fp16.

@@ -9,7 +9,7 @@ from typing import Any
 from deepspeed import comm as dist
 from torch import Tensor
 
-from ds_childtune import _zero_checkpoint, _zero_elastic, tag_folder
+from ds_childtune import _zero_checkpoint, _zero_elastic, _zero_lean, tag_folder
 from ds_childtune._ranks import check_same, gather_objects, raising_together, tell
 from ds_childtune._zero_files import SavedRun
 from ds_childtune.attached import Attached, ReadState, Resume, Resumed
@@ -72,6 +72,9 @@ class CheckpointLoader:
         if weights_alone or not carried:
             self._check_no_fixed_child(load_dir, weights_alone)
             tell(f"ds_childtune: {load_dir} {name}: loading DeepSpeed's part alone, without a child")
+            if name is not None and not weights_alone:
+                # Masters and moments of the checkpoint want shards of their own dtype to lie in, not views of 16-bit weights.
+                _zero_lean.settle(self._attached.engine.optimizer)
             loaded = load_as_deepspeed_does()
             self._resume(Resumed(self._read().progress, None))
             return loaded

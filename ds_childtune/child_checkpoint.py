@@ -209,11 +209,18 @@ def read_compact(child: Child, compact: CompactChild) -> None:
                         f"{child.folder}: {piece.parameter}: expected a number of a known dtype, got {name[:80]!r}."
                         " Remedy: use another checkpoint, or an undamaged copy."
                     )
-                state.setdefault(key, torch.tensor(number, dtype=DTYPES[dtype]) if dtype else number)
+                where = counter_device(compact.optimizer, shard.tensor)
+                state.setdefault(key, torch.tensor(number, dtype=DTYPES[dtype], device=where) if dtype else number)
         # At depth wrap the flat shard has the last word, and may have come from 16-bit weights of a deep child.
         shard.scatter()
         if state:
             compact.optimizer.state[shard.tensor] = state
+
+
+def counter_device(optimizer: torch.optim.Optimizer, tensor: Tensor) -> torch.device:
+    """Where torch's own optimizers keep a step counter that is a tensor."""
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return tensor.device if on_device else torch.device("cpu")
 
 
 def _stored(child: Child, piece: Piece, name: str) -> Tensor:

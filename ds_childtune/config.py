@@ -74,7 +74,7 @@ class ChildTuningConfig(_Block):
     clip: Literal["dense", "child"] | None = None
     """ChildTuning-D: whose norm `gradient_clipping` compares and `engine.get_global_grad_norm()` tells: the whole gradient's,
     as in the original code, or the child's. Null is `dense` wherever gradients are clipped; where they are not, a compact
-    child may go deep, which keeps the child's gradient alone, and the norm that is told is the child's then."""
+    child may go deep at ZeRO-3, which keeps the child's gradient alone, and the norm that is told is the child's then."""
 
     compat: Literal["original"] | None = None
     """`original`: with ChildTuning-D, weight decay moves the elements outside the child too, as in the original code."""

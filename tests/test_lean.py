@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import ds_childtune
@@ -135,3 +137,32 @@ def test_refused_by_name(pool: RankPool, setup: Setup, act: Any, kind: str, word
         assert "lean_start" in message
         assert "Remedy" in message
         assert word in message
+
+
+def after_loading(setup: Setup, folder: str, write: bool) -> tuple[Weights, Weights]:
+    """Masters after a plain checkpoint was loaded and a child chosen, and after three more steps."""
+    if write:
+        with engine_of(replace(setup, lean=False)) as engine:
+            for step in range(3):
+                train_step(engine, share(step, 2))
+            engine.save_checkpoint(folder)
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, COMPACT | {"selector": "random"})
+        engine.load_checkpoint(folder)
+        child.select()
+        start = master_weights(engine)
+        for step in range(3, 6):
+            train_step(engine, share(step, 2))
+        return start, master_weights(engine)
+
+
+def test_a_plain_checkpoint_before_a_child_is_chosen(pool: RankPool, tmp_path: Path) -> None:
+    usual = pool[2].run(after_loading, replace(LEAN, bf16=True, lean=False), str(tmp_path), True)
+    lean = pool[2].run(after_loading, replace(LEAN, bf16=True), str(tmp_path), False)
+    for (start, end), (usual_start, usual_end) in zip(lean, usual, strict=True):
+        assert distance(end, start) > 0.1, "vacuous: nothing moved"
+        assert any(not torch.equal(w, w.bfloat16().float()) for w in start.values()), (
+            "vacuous: masters hold no more than bf16"
+        )
+        assert equal_bits(start, usual_start)
+        assert equal_bits(end, usual_end)
