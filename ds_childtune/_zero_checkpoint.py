@@ -86,7 +86,7 @@ def dense_masters(engine: Engine, shards: Sequence[FlatShard]) -> Iterator[None]
     """Let ZeRO's state dict hold flat shards, also where a compact child's own shards stand in their place.
 
     There the masters outside the child are the 16-bit weights, see [Note: ZeRO-3 on child shards]. They are views of larger buffers,
-    which would be saved with them.
+    which would be saved with them, so copies stand in for them, in the base optimizer's state, too.
     """
     optimizer = engine.optimizer
     lists = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
@@ -95,11 +95,20 @@ def dense_masters(engine: Engine, shards: Sequence[FlatShard]) -> Iterator[None]
         yield
         return
     masters = getattr(optimizer, name)
-    setattr(optimizer, name, [_alone(s.tensor) for s in shards])
+    alone = [_alone(s.tensor) for s in shards]
+    state = _zero.base_optimizer(engine).state
+    # ZeRO-3 fills its param groups from the list for a state dict; at ZeRO 1 and 2 they hold the flat shards themselves.
+    pairs = zip((s.tensor for s in shards), alone, strict=True) if name == lists[0] else ()
+    moved = [(tensor, copy) for tensor, copy in pairs if copy is not tensor and tensor in state]
+    setattr(optimizer, name, alone)
+    for tensor, copy in moved:
+        state[copy] = state.pop(tensor)
     try:
         yield
     finally:
         setattr(optimizer, name, masters)
+        for tensor, copy in moved:
+            state[tensor] = state.pop(copy)
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -78,11 +78,14 @@ class ZeroThreePlumbing:
         self.calibrates = sees_partitions(engine)
         self._partitions: dict[int, _Partition] = {}
         """By `ds_id` of the parameter."""
+        self._flats: list[Tensor] = []
+        """Flat shards, while child shards stand in DeepSpeed's list."""
         self._overridden: dict[str, Any] = {}
         """What the instance had of its own before, by name."""
 
     def install(self, shards: Sequence[ChildShard]) -> None:
         optimizer = self._optimizer
+        self._flats = [shard.flat.tensor for shard in shards]
         for i, shard in enumerate(shards):
             flat = shard.flat.tensor
             shard.tensor.ds_id = flat.ds_id  # type: ignore[attr-defined]
@@ -98,20 +101,22 @@ class ZeroThreePlumbing:
         self._override("_prepare_fp32_grad_for_sub_group", self._prepare_fp32_grad_for_sub_group)
         self._override("_reassign_or_swap_out_partitioned_parameters", optimizer._unflatten_partitioned_parameters)
 
-    def remove(self, shards: Sequence[ChildShard], *, for_good: bool = True) -> None:
+    def remove(self) -> None:
         optimizer = self._optimizer
         for name, before in self._overridden.items():
             delattr(optimizer, name) if before is None else setattr(optimizer, name, before)
         self._overridden.clear()
         self._partitions = {}
+        optimizer.fp32_partitioned_groups_flat[:] = self._flats
+        self._flats = []
+
+    def settle(self, shards: Sequence[ChildShard]) -> None:
+        optimizer = self._optimizer
         for i, shard in enumerate(shards):
-            flat = shard.flat.tensor
-            if for_good:
-                flat.data = optimizer.fp16_partitioned_groups_flat[i].data.to(optimizer.master_weights_and_grads_dtype)
-                shard.scatter()
-            optimizer.fp32_partitioned_groups_flat[i] = flat
-        if for_good:
-            settle_gradients(optimizer)
+            lp = optimizer.fp16_partitioned_groups_flat[i]
+            shard.flat.tensor.data = lp.data.to(optimizer.master_weights_and_grads_dtype)
+            shard.scatter()
+        settle_gradients(optimizer)
 
     def _override(self, name: str, method: Callable[..., Any]) -> None:
         """On the instance; deleting it brings the class's back."""

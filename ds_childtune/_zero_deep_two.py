@@ -59,10 +59,12 @@ class ZeroTwoPlumbing:
             mapped_to(flat, mappings)
         self._optimizer.unscale_and_clip_grads = self._unscale_and_clip_grads
 
-    def remove(self, shards: Sequence[ChildShard], *, for_good: bool = True) -> None:
-        optimizer = self._optimizer
-        del optimizer.unscale_and_clip_grads
+    def remove(self) -> None:
+        del self._optimizer.unscale_and_clip_grads
         self._shards = []
+
+    def settle(self, shards: Sequence[ChildShard]) -> None:
+        optimizer = self._optimizer
         for shard, (flat, lp, mappings) in zip(shards, parameter_partitions(optimizer), strict=True):
             flat.data = lp.data.to(optimizer.master_weights_and_grads_dtype)
             mapped_to(flat, mappings)

@@ -61,6 +61,9 @@ class Resumed:
     masks: list[Tensor] | None
     """bool 1-D, one for each flat shard, True = inside the child or not eligible; None: nothing was chosen, or ChildTuning-F."""
 
+    another_follows: bool = False
+    """Without masks: those of a compact child come next, so that nothing needs to become dense in between."""
+
 
 ReadState = Callable[[], ChildState]
 Resume = Callable[[Resumed], Policy | None]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +85,18 @@ class CheckpointLoader:
         mine = _zero_checkpoint.saved_shards(self._attached.engine, self._attached.shards, dist.get_rank())
         here = folder / name
         same_shape = self._is_same_shape(child, record, mine)
-        # Dense again, so that DeepSpeed finds what it wrote.
-        self._resume(Resumed(Progress(), None))
-        if same_shape:
-            path, client_state = load_as_deepspeed_does()
-        else:
-            path, client_state = str(here), self._load_elsewhere(here, child, record, mine, load_lr_scheduler_states)
         masks: list[Tensor] | None = None
-        with raising_together():
-            if record.chosen and self._attached.config.mode == "ChildTuning-D":
-                masks = read_masks(child, self._attached.shards)
+        with self._without_child(record):
+            if same_shape:
+                path, client_state = load_as_deepspeed_does()
+            else:
+                path, client_state = (
+                    str(here),
+                    self._load_elsewhere(here, child, record, mine, load_lr_scheduler_states),
+                )
+            with raising_together():
+                if record.chosen and self._attached.config.mode == "ChildTuning-D":
+                    masks = read_masks(child, self._attached.shards)
         policy = self._resume(Resumed(record.progress, masks))
         with raising_together():
             if isinstance(policy, CompactChild):
@@ -101,6 +104,24 @@ class CheckpointLoader:
             if record.world_size == dist.get_world_size():
                 write_random_states(read_states(child.folder / record.ranks[dist.get_rank()].name))
         return path, client_state
+
+    @contextmanager
+    def _without_child(self, record: RunRecord) -> Iterator[None]:
+        """The engine has no child for the length of a `with`, so that DeepSpeed finds what it wrote.
+
+        Dense masters and moments are there if the checkpoint has such; for a compact child, whose own it has, nothing becomes dense.
+        """
+        compact = record.chosen and self._attached.config.optimizer_state == "compact"
+        before = self._read().policy
+        if not compact:
+            _zero_lean.settle(self._attached.engine.optimizer)
+        self._resume(Resumed(Progress(), None, another_follows=compact))
+        try:
+            yield
+        except BaseException:
+            if compact and isinstance(before, CompactChild) and before.plumbing is not None:
+                before.plumbing.settle(list(before.shards.values()))
+            raise
 
     def _tag(self, load_dir: Path, tag: object) -> str | None:
         """The tag to load: `tag`, or the one that `latest` names; None when there is none."""

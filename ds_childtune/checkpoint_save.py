@@ -23,6 +23,7 @@ from ds_childtune.policies import DenseChild
 from ds_childtune.random_states import read_random_states
 from ds_childtune.rank_file import write_rank_file
 from ds_childtune.run_record import DeepSpeedFile, RunRecord
+from ds_childtune.step_counters import share_counters
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class CheckpointSaver:
         engine, state = self._attached.engine, self._read()
         partial = tag_folder.partial_tag(name)
         rank = dist.get_rank()
+        self._share_counters(state)
         with (
             _zero_checkpoint.keeping_errors(engine) as errors,
             _zero_checkpoint.dense_masters(engine, self._attached.shards),
@@ -141,6 +143,14 @@ class CheckpointSaver:
             if rank == 0:
                 commit(own, self._manifest(state, everyone))
                 sync_folder(folder / partial)
+
+    def _share_counters(self, state: ChildState) -> None:
+        """So that the checkpoint can be taken apart: see [Note: one counter for a group]."""
+        if isinstance(state.policy, CompactChild):
+            state.policy.share_counters()
+        else:
+            base = _zero.base_optimizer(self._attached.engine)
+            share_counters(base, [group["params"] for group in base.param_groups])
 
     def _manifest(self, state: ChildState, everyone: Sequence[_Written]) -> Manifest:
         record = RunRecord(

@@ -32,6 +32,7 @@ from ds_childtune.child_shards import ChildShard, CompactChild, per_element
 from ds_childtune.config import ChildTuningConfig
 from ds_childtune.policies import DenseChild, TaskFreeChild
 from ds_childtune.shards import FlatShard, Fragment
+from ds_childtune.step_counters import counter_device
 
 KIND = "checkpoint"
 
@@ -215,12 +216,6 @@ def read_compact(child: Child, compact: CompactChild) -> None:
         shard.scatter()
         if state:
             compact.optimizer.state[shard.tensor] = state
-
-
-def counter_device(optimizer: torch.optim.Optimizer, tensor: Tensor) -> torch.device:
-    """Where torch's own optimizers keep a step counter that is a tensor."""
-    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    return tensor.device if on_device else torch.device("cpu")
 
 
 def _stored(child: Child, piece: Piece, name: str) -> Tensor:

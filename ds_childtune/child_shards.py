@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ds_childtune.shards import FlatShard, Fragment
+from ds_childtune.step_counters import counts_by_group, share_counters
 
 Group = dict[str, Any]
 
@@ -121,12 +122,11 @@ class DeepPlumbing(Protocol):
     def install(self, shards: Sequence[ChildShard]) -> None:
         """DeepSpeed runs on child shards; flat shards become views of the parameters that the forward pass uses."""
 
-    def remove(self, shards: Sequence[ChildShard], *, for_good: bool = True) -> None:
-        """DeepSpeed runs on flat shards of the masters' dtype again, which hold the child's values.
+    def remove(self) -> None:
+        """Flat shards stand in DeepSpeed's lists again, still as views of the parameters: for another child that follows at once."""
 
-        Args:
-            for_good: False where another child follows at once, for which parameter shards may do.
-        """
+    def settle(self, shards: Sequence[ChildShard]) -> None:
+        """After `remove`, for good: flat shards of the masters' dtype, which hold the child's values."""
 
 
 @dataclass
@@ -159,8 +159,12 @@ class CompactChild:
                 the state of those that enter begins at zero.
         """
         made: dict[Tensor, ChildShard] = {}
-        if previous is not None and previous.plumbing is not None:
-            previous.plumbing.remove(list(previous.shards.values()), for_good=False)
+        if previous is None:
+            share_counters(optimizer, [group["params"] for group in optimizer.param_groups])
+        else:
+            previous.share_counters()
+            if previous.plumbing is not None:
+                previous.plumbing.remove()
         for flat, mask in zip(shards, masks, strict=True):
             made[flat.tensor] = ChildShard.of(flat, mask)
             before = None if previous is None else previous.shards.pop(flat.tensor)
@@ -185,7 +189,7 @@ class CompactChild:
         if self.plumbing is None or self.plumbing.calibrates:
             yield
             return
-        self.plumbing.remove(list(self.shards.values()))
+        self._make_dense()
         try:
             yield
         finally:
@@ -200,8 +204,10 @@ class CompactChild:
     ) -> None:
         children = [self.shards[s.tensor] for s in shards]
         if self.plumbing is None:
-            # Those without elements too: their step counters go on as in the dense path.
-            children = [c for c in children if c.gather()]
+            # Those without elements too: their step counters go on as in the dense path. Not where a kernel takes many tensors at
+            # once: DeepSpeed's for GPUs loses its place at an empty one, see [Note: one counter for a group] for the counter.
+            by_group = counts_by_group(optimizer)
+            children = [c for c in children if (c.index.numel() or not by_group) and c.gather()]
         tensors = [c.tensor for c in children]
         self._stepping.append((group, group["params"], children, tensors))
         group["params"] = tensors
@@ -260,15 +266,36 @@ class CompactChild:
         mask[shard.index[first:last].long() - fragment.shard_start] = True
         return mask
 
+    def share_counters(self) -> None:
+        """See [Note: one counter for a group]. Without effect where DeepSpeed leaves param groups empty between steps."""
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        share_counters(self.optimizer, [[self.shards[t].tensor for t in group if t in self.shards] for group in groups])
+
+    def _make_dense(self) -> None:
+        if self.plumbing is not None:
+            self.plumbing.remove()
+            self.plumbing.settle(list(self.shards.values()))
+
     def release(self) -> None:
         """Give the engine its dense flat shards back, and the optimizer its dense state, zero outside the child."""
         self.put_back()
-        if self.plumbing is not None:
-            self.plumbing.remove(list(self.shards.values()))
+        self.share_counters()
+        self._make_dense()
         for flat, shard in self.shards.items():
             state = self.optimizer.state.pop(shard.tensor, None)
             if state:
                 self.optimizer.state[flat] = {key: _dense(shard, value) for key, value in state.items()}
+
+    def discard(self) -> None:
+        """Let go of the child's masters and state, for a child that is loaded in its place; nothing becomes dense.
+
+        The forward pass sees the same weights. Where no other child follows after all, call `plumbing.settle`.
+        """
+        self.put_back()
+        if self.plumbing is not None:
+            self.plumbing.remove()
+        for shard in self.shards.values():
+            self.optimizer.state.pop(shard.tensor, None)
 
     def state_tensors(self) -> Iterator[Tensor]:
         """Every tensor that this child costs: indices, values and state."""

@@ -260,7 +260,9 @@ class ChildTuner:
         if self.config.mode == "ChildTuning-F":
             return self._policy
         if to.masks is None:
-            if isinstance(self._policy, (DenseChild, CompactChild)):
+            if isinstance(self._policy, CompactChild) and to.another_follows:
+                self._policy.discard()
+            elif isinstance(self._policy, (DenseChild, CompactChild)):
                 self._policy.release()
             self._take_back_overrides()
             self._shard_of = {s.tensor: s for s in self._shards}

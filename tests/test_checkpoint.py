@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 import ds_childtune
+from ds_childtune import _zero
 from tests.distributed import RankPool
 from tests.engines import Setup, Weights, engine_of, master_weights, model_weights, train_step
 from tests.models import batches, deal
@@ -19,7 +21,8 @@ from tests.test_bitwise import counters, equal_bits, random_states
 P, N = 0.3, 2
 F = {"mode": "ChildTuning-F", "reserve_p": P, "seed": 5}
 D = {"mode": "ChildTuning-D", "reserve_p": P}
-BLOCKS: dict[str, dict[str, Any]] = {"F": F, "D": D, "D-compact": {**D, "optimizer_state": "compact"}}
+COMPACT = {**D, "optimizer_state": "compact"}
+BLOCKS: dict[str, dict[str, Any]] = {"F": F, "D": D, "D-compact": COMPACT}
 
 BASE = Setup("gpt2", clip=0.5, dropout=0.2, schedule=True, sub_group_size=700)
 
@@ -118,3 +121,76 @@ def check_equal(a: End, b: End) -> None:
     assert a.counters | {"micro_steps": 0} == b.counters | {"micro_steps": 0}
     assert a.step == b.step
     assert a.random == b.random
+
+
+def loaded_over_a_child(setup: Setup, folder: str, fails: bool) -> tuple[list[bool], bool, bool]:
+    """While DeepSpeed loads: whether masters are views of parameters, no moment is held; and whether training goes on afterwards."""
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, COMPACT)
+        child.select(share(setup, 1000, 4))
+        train(engine, setup, 0, 1)
+        engine.save_checkpoint(folder)
+        optimizer, load = engine.optimizer, engine.optimizer.load_state_dict
+        seen: list[bool] = []
+
+        def look(*args: Any, **kwargs: Any) -> Any:
+            if setup.stage == 3:
+                lps = optimizer.fp16_partitioned_groups_flat
+            else:
+                lps = [partitions[dist.get_rank()] for partitions in optimizer.parallel_partitioned_bit16_groups]
+            seen.extend(s.tensor.data_ptr() == lp.data_ptr() for s, lp in zip(child._shards, lps, strict=True))
+            seen.append(not any(_zero.base_optimizer(engine).state.values()))
+            if fails:
+                raise OSError("the disk is gone")
+            return load(*args, **kwargs)
+
+        optimizer.load_state_dict = look
+        with pytest.raises(OSError, match="disk") if fails else contextlib.nullcontext():
+            engine.load_checkpoint(folder)
+        optimizer.load_state_dict = load
+        if fails:
+            child.detach()
+        before = master_weights(engine)
+        train(engine, setup, 1, 3)
+        after = master_weights(engine)
+        dense = all(s.tensor.dtype == torch.float32 for s in child._shards)
+        return seen, dense, any(not torch.equal(w, after[n]) for n, w in before.items())
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_nothing_becomes_dense_while_a_child_is_loaded_over_another(
+    pool: RankPool, stage: int, fails: bool, tmp_path: Any
+) -> None:
+    setup = replace(DEEP, stage=stage, bf16=True)
+    for seen, dense, moved in pool[2].run(loaded_over_a_child, setup, str(tmp_path), fails):
+        assert len(seen) > 1
+        assert all(seen)
+        assert dense == fails, "a load that fails leaves masters that plain DeepSpeed can train"
+        assert moved
+
+
+def before_a_child_is_chosen(setup: Setup, folder: str) -> tuple[Weights, Weights]:
+    """Masters of a run that goes on, and of one that is loaded: trained, attached, saved, chosen, trained."""
+    ends = []
+    for loads in (False, True):
+        torch.manual_seed(dist.get_rank())
+        with engine_of(setup) as engine:
+            if not loads:
+                train(engine, setup, 0, N)
+            child = ds_childtune.attach(engine, COMPACT | {"selector": "random"})
+            if loads:
+                engine.load_checkpoint(folder)
+            else:
+                engine.save_checkpoint(folder)
+            child.select()
+            train(engine, setup, N, 2 * N)
+            ends.append(master_weights(engine))
+    return ends[0], ends[1]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_saved_with_moments_before_a_child_is_chosen(pool: RankPool, stage: int, tmp_path: Any) -> None:
+    """In fp32, where attaching makes masters views of the parameters."""
+    for went_on, loaded in pool[2].run(before_a_child_is_chosen, replace(DEEP, stage=stage), str(tmp_path)):
+        assert equal_bits(went_on, loaded)

@@ -252,3 +252,52 @@ def test_a_deep_child_keeps_no_second_copy_of_the_parameters(pool: RankPool, nam
         assert all(trained)
         assert all(attached) == (name != "bf16")
         assert not any([*plain, *detached, *after])
+
+
+def without_elements(optimizer_state: str, first: str) -> tuple[list[Weights], list[int], list[int]]:
+    """Weights after each of three phases, elements of the last parameter's child, and sizes of what the optimizer was handed.
+
+    Args:
+        first: "empty", a child without an element of the last parameter comes first, or "full".
+    """
+    torch.manual_seed(0)
+    setup = Setup(stage=0, optimizer=FUSED)
+    with engine_of(setup) as engine:
+        block = {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": optimizer_state, "selector": "magnitude"}
+        child = ds_childtune.attach(engine, block)
+        name = sorted(child._eligible)[-1]
+        last = engine.module.get_parameter(name)
+        base = _zero.base_optimizer(engine)
+        base.param_groups[0]["params"].sort(key=lambda p: p is last)
+        numels: list[int] = []
+        phases, kept, steps = [], [], iter(range(100))
+        for number, scale in enumerate((0.0, 1.0) if first == "empty" else (1.0, 0.0)):
+            with torch.no_grad():
+                last.copy_(scale * torch.linspace(1, 2, last.numel()).view(last.shape))
+            child.select()
+            if not number:
+                spy = base.register_step_pre_hook(
+                    lambda o, *_: numels.extend(p.numel() for g in o.param_groups for p in g["params"])
+                )
+            kept.append(int(child.gather_mask(name).sum()))
+            for _ in range(STEPS):
+                train_step(engine, share(setup, next(steps), 2))
+            phases.append(model_weights(engine))
+        spy.remove()
+        child.detach()
+        for _ in range(STEPS):
+            train_step(engine, share(setup, next(steps), 2))
+        return [*phases, model_weights(engine)], kept, numels
+
+
+@pytest.mark.parametrize("first", ["empty", "full"])
+def test_no_kernel_for_many_tensors_is_handed_an_empty_one(pool: RankPool, first: str) -> None:
+    """And its step counter goes on meanwhile: as in the dense path with another child later, and as plain DeepSpeed."""
+    dense = pool[2].run(without_elements, "dense", first)
+    compact = pool[2].run(without_elements, "compact", first)
+    for (expected, kept, _), (phases, same, numels) in zip(dense, compact, strict=True):
+        assert kept == same
+        assert (min(kept), max(kept) > 10) == (0, True), "vacuous: the last parameter is never outside, or never inside"
+        assert min(numels) > 0
+        for number, weights in enumerate(expected):
+            assert all(torch.allclose(phases[number][n], w, 1e-4, 1e-5) for n, w in weights.items()), number

@@ -24,6 +24,7 @@ SETUPS = {
     "deep-zero1": replace(BASE, stage=1),
     "wrap-zero2-offload": replace(BASE, stage=2, offload=True),
     "wrap-zero3": replace(BASE, stage=3, clip=100.0, sub_group_size=300),  # it clips nothing
+    "deep-zero2-bf16": replace(BASE, stage=2, bf16=True),
     "deep-zero3": replace(BASE, stage=3, sub_group_size=300),
     "deep-zero3-bf16": replace(BASE, stage=3, bf16=True, sub_group_size=300),
 }
