@@ -113,9 +113,9 @@ class CheckpointLoader:
         """
         compact = record.chosen and self._attached.config.optimizer_state == "compact"
         before = self._read().policy
+        self._resume(Resumed(Progress(), None, another_follows=compact))
         if not compact:
             _zero_lean.settle(self._attached.engine.optimizer)
-        self._resume(Resumed(Progress(), None, another_follows=compact))
         try:
             yield
         except BaseException:

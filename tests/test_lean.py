@@ -166,3 +166,31 @@ def test_a_plain_checkpoint_before_a_child_is_chosen(pool: RankPool, tmp_path: P
         )
         assert equal_bits(start, usual_start)
         assert equal_bits(end, usual_end)
+
+
+def back_to_before_a_child(setup: Setup, folder: str, returns: bool) -> tuple[Weights, Weights]:
+    """A lean engine saves before `select`, and may train a child before it comes back to that: weights then, and four steps later."""
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, COMPACT | {"selector": "random"})
+        if returns:
+            engine.save_checkpoint(folder)
+            child.select()
+            train_step(engine, share(9, 2))
+            engine.load_checkpoint(folder)
+        start = master_weights(engine)
+        child.select()
+        for step in range(3):
+            train_step(engine, share(step, 2))
+        child.detach()
+        train_step(engine, share(3, 2))
+        return start, master_weights(engine)
+
+
+def test_a_checkpoint_from_before_select_is_loaded_over_a_child(pool: RankPool, tmp_path: Path) -> None:
+    setup = replace(LEAN, bf16=True)
+    straight = pool[2].run(back_to_before_a_child, setup, str(tmp_path), False)
+    returned = pool[2].run(back_to_before_a_child, setup, str(tmp_path), True)
+    for (start, end), (same_start, same_end) in zip(straight, returned, strict=True):
+        assert distance(end, start) > 0.1, "vacuous: nothing moved"
+        assert equal_bits(start, same_start)
+        assert equal_bits(end, same_end)
