@@ -10,6 +10,7 @@ By the class of `engine.optimizer`:
 
 from __future__ import annotations
 
+import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -124,7 +125,15 @@ def _read(path: Path, *, trusted: bool) -> dict[str, Any]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    def member(of: type, name: str) -> ZeroStageEnum:
+        """What Python 3.11.0 to 3.11.3 pickles an enum's member with is `getattr`; this one knows a single enum."""
+        if of is not ZeroStageEnum:
+            raise pickle.UnpicklingError(f"expected a member of ZeroStageEnum, got {name!r} of {of}")
+        found: ZeroStageEnum = getattr(ZeroStageEnum, name)
+        return found
+
+    classes: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    classes += [(member, "builtins.getattr"), (member, "__builtin__.getattr")]
     with torch.serialization.safe_globals(classes):
         return torch.load(  # type: ignore[no-any-return]
             path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=not trusted
