@@ -348,6 +348,7 @@ PURE = (
     "config",
     "eligible",
     "shards",
+    "step_counters",
     "masks",
     "mask_triton",
     "fisher",
