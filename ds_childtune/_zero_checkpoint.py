@@ -1,9 +1,9 @@
-"""DeepSpeed's own files of a checkpoint, as they are saved. Reads DeepSpeed's attributes, as `_zero.py` does."""
+"""DeepSpeed's own files of a checkpoint, as they are saved and loaded. Reads DeepSpeed's attributes, as `_zero.py` does."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,29 +55,43 @@ def written_files(engine: Engine, save_dir: str, tag: str) -> dict[What, Path]:
     return files
 
 
-@contextmanager
-def keeping_errors(engine: Engine) -> Iterator[list[Exception]]:
-    """Keep the errors of writing files in a list: raised at once, on one rank, they would leave the others waiting in a collective."""
-    errors: list[Exception] = []
+def keeping_save_errors(engine: Engine) -> AbstractContextManager[list[Exception]]:
+    """Keep the errors of writing files."""
     writer = engine.checkpoint_engine
-    places = ((writer, "save"), (writer, "makedirs"), (engine, "_copy_recovery_script"))
+    return _keeping_errors((writer, "save", None), (writer, "makedirs", None), (engine, "_copy_recovery_script", None))
 
-    def kept(function: Callable[..., Any]) -> Callable[..., Any]:
+
+def keeping_load_errors(engine: Engine) -> AbstractContextManager[list[Exception]]:
+    """Keep the errors of reading files, and of finding memory for what is in them."""
+    # What DeepSpeed then does: nothing more without a path; no masters from 16-bit weights if ZeRO's part is said to be loaded.
+    return _keeping_errors((engine, "_load_checkpoint", (None, None)), (engine, "_load_zero_checkpoint", True))
+
+
+@contextmanager
+def _keeping_errors(*places: tuple[Any, str, Any]) -> Iterator[list[Exception]]:
+    """Keep errors in a list: raised at once, on one rank, they would leave the others waiting in DeepSpeed's next collective.
+
+    Args:
+        places: an object, the name of its method, and what that returns when it fails.
+    """
+    errors: list[Exception] = []
+
+    def kept(function: Callable[..., Any], result: Any) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
                 return function(*args, **kwargs)
             except Exception as error:
                 errors.append(error)
-                return None
+                return result
 
         return call
 
-    for owner, name in places:
-        setattr(owner, name, kept(getattr(owner, name)))
+    for owner, name, result in places:
+        setattr(owner, name, kept(getattr(owner, name), result))
     try:
         yield errors
     finally:
-        for owner, name in places:
+        for owner, name, _ in places:
             delattr(owner, name)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ds_childtune._zero_deep import ZeroThreePlumbing
 from ds_childtune._zero_deep_two import ZeroTwoPlumbing, mapped_to, parameter_partitions
 from ds_childtune._zero_lean import is_lean, settle
-from ds_childtune.child_shards import DeepPlumbing
+from ds_childtune.compact_child import DeepPlumbing
 
 Clip = Literal["dense", "child"] | None
 """`child_tuning.clip`."""

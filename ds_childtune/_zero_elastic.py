@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ds_childtune import _zero
+from ds_childtune._ranks import raising_together
 from ds_childtune._zero_checkpoint import kind_of
 from ds_childtune._zero_files import PLACES, PLAIN, SavedRun
 from ds_childtune.layout import Layout, SavedShard
@@ -68,13 +69,15 @@ def load_elsewhere(
     optimizer = engine.optimizer
     if hasattr(optimizer, "checkpoint_event_prologue"):
         optimizer.checkpoint_event_prologue()
-    model = run.model_states()
-    _load_buffers_and_frozen(engine, run, parameters)
-    _load_optimizer(engine, run, layout, shards, mine)
-    if load_lr_scheduler_states and engine.lr_scheduler is not None:
-        engine.lr_scheduler.load_state_dict(model["lr_scheduler"])
-    for counter in ("global_steps", "global_samples", "skipped_steps"):
-        setattr(engine, counter, model[counter])
+    with raising_together():  # one rank's disk or memory may fail it alone
+        model = run.model_states()
+        _load_buffers_and_frozen(engine, run, parameters)
+        _load_optimizer(engine, run, layout, shards, mine)
+        if load_lr_scheduler_states and engine.lr_scheduler is not None:
+            engine.lr_scheduler.load_state_dict(model["lr_scheduler"])
+        for counter in ("global_steps", "global_samples", "skipped_steps"):
+            setattr(engine, counter, model[counter])
+    _update_forward_weights(optimizer)
     if hasattr(optimizer, "checkpoint_event_epilogue"):
         optimizer.checkpoint_event_epilogue()
     return {key: value for key, value in model.items() if key not in _NOT_THE_CLIENT_S}
@@ -133,7 +136,6 @@ def _load_optimizer(
         template[PLACES[kind].weights] = weights
         ranks = torch.distributed.get_world_size(optimizer.dp_process_group)
         optimizer.load_state_dict([template] * ranks, load_optimizer_states=True, load_from_fp32_weights=True)
-    _update_forward_weights(optimizer)
 
 
 def _copy_masters(shards: Sequence[FlatShard], weights: Sequence[Tensor]) -> None:
@@ -142,7 +144,7 @@ def _copy_masters(shards: Sequence[FlatShard], weights: Sequence[Tensor]) -> Non
 
 
 def _update_forward_weights(optimizer: Any) -> None:
-    """16-bit weights from their masters; ZeRO-3 has done it by now."""
+    """16-bit weights from their masters; ZeRO-3 has done it by now, and an optimizer in fp32 has no others. A collective."""
     if hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()
     elif hasattr(optimizer, "fp16_groups_flat"):

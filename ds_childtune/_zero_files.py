@@ -125,12 +125,13 @@ def _read(path: Path, *, trusted: bool) -> dict[str, Any]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
+    stages: dict[str, ZeroStageEnum] = dict(ZeroStageEnum.__members__)
+
     def member(of: type, name: str) -> ZeroStageEnum:
         """What Python 3.11.0 to 3.11.3 pickles an enum's member with is `getattr`; this one knows a single enum."""
-        if of is not ZeroStageEnum:
+        if of is not ZeroStageEnum or name not in stages:
             raise pickle.UnpicklingError(f"expected a member of ZeroStageEnum, got {name!r} of {of}")
-        found: ZeroStageEnum = getattr(ZeroStageEnum, name)
-        return found
+        return stages[name]
 
     classes: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     classes += [(member, "builtins.getattr"), (member, "__builtin__.getattr")]

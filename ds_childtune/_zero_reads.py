@@ -13,7 +13,9 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from ds_childtune.child_shards import ChildShard, CompactChild, per_element, put_
+from ds_childtune.child_shards import ChildShard, put_
+from ds_childtune.compact_child import CompactChild
+from ds_childtune.optimizer_state import per_element
 
 _SETS = "safe_set_full_fp32_param and safe_set_full_optimizer_state"
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ds_childtune import _zero
-from ds_childtune.child_shards import CompactChild
+from ds_childtune.compact_child import CompactChild
 from ds_childtune.config import ChildTuningConfig
 from ds_childtune.policies import DenseChild, TaskFreeChild
 from ds_childtune.run_record import Progress

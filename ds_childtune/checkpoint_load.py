@@ -11,13 +11,13 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from ds_childtune import _zero_checkpoint, _zero_elastic, _zero_lean, tag_folder
-from ds_childtune._ranks import check_same, gather_objects, raising_together, tell
+from ds_childtune._ranks import check_same, gather_objects, raise_together, raising_together, tell
 from ds_childtune._zero_files import SavedRun
 from ds_childtune.attached import Attached, ReadState, Resume, Resumed
 from ds_childtune.child_checkpoint import KIND, check_config, check_model, read_compact, read_masks
 from ds_childtune.child_format import ChildFileError
 from ds_childtune.child_reader import Child, open_child
-from ds_childtune.child_shards import CompactChild
+from ds_childtune.compact_child import CompactChild
 from ds_childtune.layout import Layout
 from ds_childtune.random_states import write_random_states
 from ds_childtune.rank_file import read_layout, read_states
@@ -59,15 +59,18 @@ class CheckpointLoader:
         weights_alone = load_module_only or not load_optimizer_states
 
         def load_as_deepspeed_does() -> tuple[str | None, Any]:
-            return self._load(  # type: ignore[no-any-return]
-                load_dir,
-                name,
-                load_module_strict=load_module_strict,
-                load_optimizer_states=load_optimizer_states,
-                load_lr_scheduler_states=load_lr_scheduler_states,
-                load_module_only=load_module_only,
-                custom_load_fn=custom_load_fn,
-            )
+            with _zero_checkpoint.keeping_load_errors(self._attached.engine) as errors:
+                loaded = self._load(
+                    load_dir,
+                    name,
+                    load_module_strict=load_module_strict,
+                    load_optimizer_states=load_optimizer_states,
+                    load_lr_scheduler_states=load_lr_scheduler_states,
+                    load_module_only=load_module_only,
+                    custom_load_fn=custom_load_fn,
+                )
+            raise_together(errors[0] if errors else None)
+            return loaded  # type: ignore[no-any-return]
 
         carried = name is not None and (folder / name / tag_folder.CHILD).is_dir()
         if weights_alone or not carried:
@@ -90,10 +93,8 @@ class CheckpointLoader:
             if same_shape:
                 path, client_state = load_as_deepspeed_does()
             else:
-                path, client_state = (
-                    str(here),
-                    self._load_elsewhere(here, child, record, mine, load_lr_scheduler_states),
-                )
+                path = str(here)
+                client_state = self._load_elsewhere(here, child, record, mine, load_lr_scheduler_states)
             with raising_together():
                 if record.chosen and self._attached.config.mode == "ChildTuning-D":
                     masks = read_masks(child, self._attached.shards)
@@ -113,9 +114,10 @@ class CheckpointLoader:
         """
         compact = record.chosen and self._attached.config.optimizer_state == "compact"
         before = self._read().policy
-        self._resume(Resumed(Progress(), None, another_follows=compact))
-        if not compact:
-            _zero_lean.settle(self._attached.engine.optimizer)
+        with raising_together():  # dense masters may not fit on one rank alone
+            self._resume(Resumed(Progress(), None, another_follows=compact))
+            if not compact:
+                _zero_lean.settle(self._attached.engine.optimizer)
         try:
             yield
         except BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ from ds_childtune._version import __version__
 from ds_childtune.attached import Attached, ChildState, ReadState
 from ds_childtune.child_checkpoint import KIND, hidden_state, moment_keys, parameter_entries, pieces, stored_fragments
 from ds_childtune.child_format import FileEntry, Manifest, sealed
-from ds_childtune.child_shards import CompactChild
 from ds_childtune.child_writer import commit, write_pieces
+from ds_childtune.compact_child import CompactChild
 from ds_childtune.durable import explained, new_folder, sync_folder
+from ds_childtune.optimizer_state import share_counters
 from ds_childtune.policies import DenseChild
 from ds_childtune.random_states import read_random_states
 from ds_childtune.rank_file import write_rank_file
 from ds_childtune.run_record import DeepSpeedFile, RunRecord
-from ds_childtune.step_counters import share_counters
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,12 @@ class CheckpointSaver:
         engine, state = self._attached.engine, self._read()
         partial = tag_folder.partial_tag(name)
         rank = dist.get_rank()
-        self._share_counters(state)
-        with (
-            _zero_checkpoint.keeping_errors(engine) as errors,
-            _zero_checkpoint.dense_masters(engine, self._attached.shards),
-            hidden_state(state.policy),
-        ):
+        with ExitStack() as made_ready:
+            with raising_together():  # copies of masters may not fit on one rank alone
+                self._share_counters(state)
+                made_ready.enter_context(_zero_checkpoint.dense_masters(engine, self._attached.shards))
+                made_ready.enter_context(hidden_state(state.policy))
+            errors = made_ready.enter_context(_zero_checkpoint.keeping_save_errors(engine))
             try:
                 self._save(str(folder), partial, client_state, False, exclude_frozen)
             except Exception as error:

@@ -28,11 +28,12 @@ from ds_childtune.child_format import (
     Piece,
 )
 from ds_childtune.child_reader import Child
-from ds_childtune.child_shards import ChildShard, CompactChild, per_element
+from ds_childtune.child_shards import ChildShard
+from ds_childtune.compact_child import CompactChild
 from ds_childtune.config import ChildTuningConfig
+from ds_childtune.optimizer_state import counter_device, per_element
 from ds_childtune.policies import DenseChild, TaskFreeChild
 from ds_childtune.shards import FlatShard, Fragment
-from ds_childtune.step_counters import counter_device
 
 KIND = "checkpoint"
 

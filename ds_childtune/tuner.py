@@ -20,8 +20,8 @@ from ds_childtune._ranks import check_same, device, raising_together, sum_over_r
 from ds_childtune.attached import Attached, ChildState, Policy, Resumed
 from ds_childtune.checkpoint import Checkpoints
 from ds_childtune.child_export import export_child
-from ds_childtune.child_shards import CompactChild
 from ds_childtune.choosing import ShardScores, cut_at, magnitudes, masks_inside, random_numbers, reverse_order
+from ds_childtune.compact_child import CompactChild
 from ds_childtune.config import ChildTuningConfig, parse_config
 from ds_childtune.eligible import eligible_names
 from ds_childtune.fisher import Fisher

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import resource
 import shutil
 import subprocess
@@ -16,8 +17,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 
 import ds_childtune
+from ds_childtune import _zero_files
 from tests.distributed import RankPool
 from tests.engines import Setup, engine_of, master_weights, train_step
 from tests.models import batches, deal
@@ -333,3 +337,23 @@ def test_saving_what_is_not_what_it_was(
     for text in pool[2].run(save_wrongly, act, str(tmp_path)):
         assert all(word in text for word in [*words, "Remedy"]), text
     assert not os.listdir(tmp_path)
+
+
+@dataclass(frozen=True)
+class Member:
+    """Pickled as Python 3.11.0 to 3.11.3 pickles a member of an enum."""
+
+    of: Any
+    name: str
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.of, self.name)
+
+
+def test_an_enum_s_member_is_all_that_getattr_is_loaded_for(tmp_path: Path) -> None:
+    torch.save({"zero_stage": Member(ZeroStageEnum, "gradients")}, tmp_path / "good")
+    assert _zero_files._read(tmp_path / "good", trusted=False) == {"zero_stage": ZeroStageEnum.gradients}
+    for of, name in ((fragment_address, "__init__"), (ZeroStageEnum, "__class__"), (ZeroStageEnum, "mro")):
+        torch.save({"zero_stage": Member(of, name)}, tmp_path / "bad")
+        with pytest.raises(pickle.UnpicklingError):
+            _zero_files._read(tmp_path / "bad", trusted=False)

@@ -110,7 +110,7 @@ def test_an_optimizer_that_holds_frozen_parameters_too(pool: RankPool, stage: in
         assert outcome == (2, True, True)
 
 
-def step_that_fails(stage: int) -> list[bool]:
+def step_that_fails(stage: int, reselects: bool) -> list[bool]:
     with engine_of(Setup("llama", stage=stage)) as engine:
         child = ds_childtune.attach(engine, COMPACT | {"selector": "random"})
         child.select()
@@ -126,6 +126,8 @@ def step_that_fails(stage: int) -> list[bool]:
             train_step(engine, mine(1, seed=2))
         except KeyboardInterrupt:
             handle.remove()
+        if reselects:
+            child.select()
         train_step(engine, mine(1, seed=2))
         back = [t for group in base.param_groups for t in group["params"]]
         child.detach()
@@ -136,6 +138,7 @@ def step_that_fails(stage: int) -> list[bool]:
         return [same, any(not torch.equal(before[name], after[name]) for name in before)]
 
 
-def test_a_step_that_fails_leaves_no_child_in_the_optimizer(pool: RankPool) -> None:
-    for outcome in pool[2].run(step_that_fails, 0):
+@pytest.mark.parametrize("reselects", [False, True])
+def test_a_step_that_fails_leaves_no_child_in_the_optimizer(pool: RankPool, reselects: bool) -> None:
+    for outcome in pool[2].run(step_that_fails, 0, reselects):
         assert outcome == [True, True]

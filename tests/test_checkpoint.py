@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import ds_childtune
-from ds_childtune import _zero
+from ds_childtune import _zero, _zero_checkpoint, _zero_elastic, _zero_lean
+from ds_childtune.checkpoint_load import CheckpointLoader
 from tests.distributed import RankPool
 from tests.engines import Setup, Weights, engine_of, master_weights, model_weights, train_step
 from tests.models import batches, deal
@@ -145,7 +147,7 @@ def loaded_over_a_child(setup: Setup, folder: str, fails: bool) -> tuple[list[bo
             return load(*args, **kwargs)
 
         optimizer.load_state_dict = look
-        with pytest.raises(OSError, match="disk") if fails else contextlib.nullcontext():
+        with pytest.raises(RuntimeError, match="the disk is gone") if fails else contextlib.nullcontext():
             engine.load_checkpoint(folder)
         optimizer.load_state_dict = load
         if fails:
@@ -194,3 +196,44 @@ def test_saved_with_moments_before_a_child_is_chosen(pool: RankPool, stage: int,
     """In fp32, where attaching makes masters views of the parameters."""
     for went_on, loaded in pool[2].run(before_a_child_is_chosen, replace(DEEP, stage=stage), str(tmp_path)):
         assert equal_bits(went_on, loaded)
+
+
+def out_of_memory_on_one_rank(setup: Setup, folder: str, where: str) -> tuple[str, bool]:
+    """What each rank is told; and whether it trains and saves afterwards."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise MemoryError("no memory for a copy")
+
+    saves = where == "save"
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, BLOCKS["D-compact" if saves else "D"])
+        child.select(share(setup, 1000, 4))
+        train(engine, setup, 0, 1)
+        if not saves:
+            engine.save_checkpoint(folder)
+        owner, name = {
+            "save": (_zero_checkpoint, "_alone"),
+            "load": (_zero_lean, "settle"),
+            "DeepSpeed's load": (engine.optimizer, "load_state_dict"),
+            "load elsewhere": (_zero_elastic, "_load_optimizer"),
+        }[where]
+        broken = mock.patch.object(owner, name, refuse) if dist.get_rank() == 1 else contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        if where == "load elsewhere":
+            stack.enter_context(mock.patch.object(CheckpointLoader, "_is_same_shape", return_value=False))
+        with stack, broken, pytest.raises(RuntimeError) as error:
+            engine.save_checkpoint(folder) if saves else engine.load_checkpoint(folder)
+        if not saves:
+            engine.load_checkpoint(folder)
+        train(engine, setup, 1, 2)
+        return str(error.value), bool(engine.save_checkpoint(folder))
+
+
+@pytest.mark.parametrize("where", ["save", "load", "DeepSpeed's load", "load elsewhere"])
+def test_no_rank_waits_for_one_without_memory(pool: RankPool, where: str, tmp_path: Any) -> None:
+    for said, saved in pool[2].run(
+        out_of_memory_on_one_rank, replace(DEEP, persistence_threshold=50), str(tmp_path), where
+    ):
+        assert "rank 1" in said
+        assert "no memory for a copy" in said
+        assert saved

@@ -24,8 +24,8 @@ from ds_childtune.child_compare import compare
 from ds_childtune.child_export import KIND, ExportInfo, describe, parameter_entries
 from ds_childtune.child_format import ChildFileError, Manifest, Piece, sealed
 from ds_childtune.child_reader import open_child
-from ds_childtune.child_shards import CompactChild
 from ds_childtune.child_writer import commit, write_pieces
+from ds_childtune.compact_child import CompactChild
 from ds_childtune.config import ChildTuningConfig
 from ds_childtune.fingerprint import fingerprint
 from ds_childtune.layout import Layout, SavedShard

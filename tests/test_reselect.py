@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_optimizer_state
 
 import ds_childtune
+from ds_childtune.child_shards import ChildShard
 from tests import reference
 from tests.distributed import RankPool
 from tests.engines import Optimizer, Setup, Weights, engine_of, master_weights, train_step
@@ -172,3 +174,29 @@ def test_not_in_the_middle_of_an_accumulation(pool: RankPool, name: str) -> None
     for said in pool[2].run(between_micro_batches, SETUPS[name]):
         assert [message.partition(":")[0] for message in said] == ["detach", "select"]
         assert all("between a micro-batch and its optimizer step" in message for message in said)
+
+
+def dtypes_of_flat_shards(setup: Setup) -> list[torch.dtype]:
+    """As the second child's shards are made."""
+    with engine_of(setup) as engine:
+        block = {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": "compact", "selector": "magnitude"}
+        child = ds_childtune.attach(engine, block)
+        child.select()
+        train_step(engine, share(batches(setup.family, 4, seed=0)))
+        seen = []
+
+        def look(flat: Any, mask: torch.Tensor) -> ChildShard:
+            seen.append(flat.tensor.dtype)
+            return make(flat, mask)
+
+        make = ChildShard.of
+        with mock.patch.object(ChildShard, "of", look):
+            child.select()
+        return seen
+
+
+@pytest.mark.parametrize("name", ["deep-zero2-bf16", "deep-zero3-bf16"])
+def test_no_dense_masters_between_two_children(pool: RankPool, name: str) -> None:
+    for seen in pool[2].run(dtypes_of_flat_shards, SETUPS[name]):
+        assert seen, "vacuous: no shard was made"
+        assert set(seen) == {torch.bfloat16}

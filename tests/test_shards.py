@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_childtune import masks
-from ds_childtune.child_shards import ChildShard, CompactChild
+from ds_childtune.child_shards import ChildShard
+from ds_childtune.compact_child import CompactChild
 from ds_childtune.policies import DenseChild
 from ds_childtune.shards import FlatShard, Fragment, mark_eligible
 

@@ -1,4 +1,4 @@
-"""Step counters in the base optimizer's state.
+"""The base optimizer's state: what is a moment and what a counter, and counters that stand for a whole param group.
 
 [Note: one counter for a group]
 DeepSpeed's FusedAdam and FusedLion hand all tensors of a param group to one kernel, with the step counter of the last tensor that has
@@ -10,11 +10,17 @@ tensor of a group is given the group's counter. It changes no step: the optimize
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-STEP = "step"
+_STEP = "step"
+
+
+def per_element(value: Any, tensor: Tensor) -> bool:
+    """Whether an entry of the optimizer's state has a value for each element of `tensor`, as moments have and counters have not."""
+    return isinstance(value, Tensor) and value.shape == tensor.shape and value.dim() > 0
 
 
 def counts_by_group(optimizer: torch.optim.Optimizer) -> bool:
@@ -30,21 +36,19 @@ def share_counters(optimizer: torch.optim.Optimizer, groups: Iterable[Sequence[T
     if not counts_by_group(optimizer):
         return
     for group in groups:
-        states = [(t, optimizer.state[t]) for t in group if STEP in optimizer.state.get(t, {})]
+        states = [(t, optimizer.state[t]) for t in group if _STEP in optimizer.state.get(t, {})]
         if not states:
             continue
-        steps = max(state[STEP] for _, state in states)
+        steps = max(state[_STEP] for _, state in states)
         like, first = states[0]
         for tensor in group:
             if tensor.numel() == 0 and not optimizer.state.get(tensor):
-                moments = {
-                    key for key, value in first.items() if isinstance(value, Tensor) and value.shape == like.shape
-                }
                 optimizer.state[tensor] = {
-                    key: value.new_empty(tensor.shape) if key in moments else value for key, value in first.items()
+                    key: value.new_empty(tensor.shape) if per_element(value, like) else value
+                    for key, value in first.items()
                 }
-            if STEP in optimizer.state.get(tensor, {}):
-                optimizer.state[tensor][STEP] = steps
+            if _STEP in optimizer.state.get(tensor, {}):
+                optimizer.state[tensor][_STEP] = steps
 
 
 def counter_device(optimizer: torch.optim.Optimizer, tensor: Tensor) -> torch.device:
