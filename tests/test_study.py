@@ -95,7 +95,7 @@ def test_our_grids_are_whole(path: Path) -> None:
             assert study_grid.settings_of(ours, job)["ds_config"].startswith("sha256:")
 
 
-@pytest.mark.parametrize("name", ["glue", "low_resource"])
+@pytest.mark.parametrize("name", ["glue", "low_resource", "transfer"])
 def test_the_page_shows_the_committed_results(name: str) -> None:
     ours = study_grid.read_grid(ROOT / "launch" / f"study_{name}.yaml")
     results = study_grid.read_results(ROOT / "docs" / "evidence" / f"{name}.jsonl", ours)
