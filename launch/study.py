@@ -3,8 +3,8 @@
     python launch/study.py run launch/study_glue.yaml --data GLUE_FOLDER --results docs/evidence/glue.jsonl --jobs 2
     python launch/study.py report launch/study_glue.yaml docs/evidence/glue.jsonl --plot docs/evidence/glue.png
 
-Likewise study_ablations.yaml (into the same results file, whose runs it shares); study_low_resource.yaml and study_transfer.yaml, each
-into a file of its own; study_bert_large.yaml is the paper's own table, for those who have GPUs.
+Likewise study_low_resource.yaml and study_transfer.yaml, each into a file of its own; study_ablations.yaml into that of
+study_transfer.yaml, whose runs it shares; study_bert_large.yaml is the paper's own table, for those who have GPUs.
 
 `run` may be stopped at any time and started again: every finished job is one JSON line in the results file, and jobs
 that have a line are skipped, or refused where they were run with other settings. For every task and method it first tunes
