@@ -1,22 +1,24 @@
 """Load DeepSpeed's files of one layout into an engine of another. Reads DeepSpeed's attributes, as `_zero.py` does.
 
-The old run's elements are put into a state dict of this run's layout, which DeepSpeed itself then loads: see [Note: elastic resume].
+The old run's elements are written over this run's, piece by piece, from files that are mapped, not read: see [Note: elastic resume].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_childtune import _zero
-from ds_childtune._ranks import raising_together
+from ds_childtune._ranks import raise_together
 from ds_childtune._zero_checkpoint import kind_of
 from ds_childtune._zero_files import PLACES, PLAIN, SavedRun
 from ds_childtune.layout import Layout, SavedShard
-from ds_childtune.shards import FlatShard
+from ds_childtune.shards import FlatShard, Fragment
 
 Engine = Any
 
@@ -66,86 +68,172 @@ def load_elsewhere(
     Returns:
         the client state.
     """
-    optimizer = engine.optimizer
+    with _partitioned(engine.optimizer):
+        with _halfway(run):
+            _load_buffers_and_frozen(engine, run, layout, parameters)
+            _load_optimizer(engine, run, layout, shards, mine)
+            _load_progress(engine, run, load_lr_scheduler_states)
+        _update_forward_weights(engine.optimizer)
+    return _client_state(run)
+
+
+def load_weights(
+    engine: Engine,
+    run: SavedRun,
+    layout: Layout,
+    shards: Sequence[FlatShard],
+    parameters: _zero.Parameters,
+    *,
+    progress: bool,
+    load_lr_scheduler_states: bool,
+) -> dict[str, Any]:
+    """The weights of a checkpoint, of any world size and ZeRO stage, and nothing of its optimizer's state.
+
+    DeepSpeed's own `load_module_only` does nothing at ZeRO-3. What was frozen may train now, and the other way round. What the
+    checkpoint lacks stays as it is.
+
+    Args:
+        progress: load DeepSpeed's counters of steps, too, and with `load_lr_scheduler_states` the schedule.
+
+    Returns:
+        the client state.
+    """
+    with _partitioned(engine.optimizer):
+        with _halfway(run):
+            _load_buffers_and_frozen(engine, run, layout, parameters)
+            for shard in shards:
+                for fragment in shard.fragments:
+                    values = _weights_of(run, layout, fragment, parameters.shapes[fragment.name])
+                    if values is not None:
+                        fragment.of(shard.flat()).copy_(values)
+            if progress:
+                _load_progress(engine, run, load_lr_scheduler_states)
+        _update_forward_weights(engine.optimizer)
+    return _client_state(run)
+
+
+@contextmanager
+def _partitioned(optimizer: Any) -> Iterator[None]:
+    """ZeRO-3 keeps whole copies of small parameters; for the length of a `with` it has none. Collectives."""
     if hasattr(optimizer, "checkpoint_event_prologue"):
         optimizer.checkpoint_event_prologue()
-    with raising_together():  # one rank's disk or memory may fail it alone
-        model = run.model_states()
-        _load_buffers_and_frozen(engine, run, parameters)
-        _load_optimizer(engine, run, layout, shards, mine)
-        if load_lr_scheduler_states and engine.lr_scheduler is not None:
-            engine.lr_scheduler.load_state_dict(model["lr_scheduler"])
-        for counter in ("global_steps", "global_samples", "skipped_steps"):
-            setattr(engine, counter, model[counter])
-    _update_forward_weights(optimizer)
+    yield
     if hasattr(optimizer, "checkpoint_event_epilogue"):
         optimizer.checkpoint_event_epilogue()
-    return {key: value for key, value in model.items() if key not in _NOT_THE_CLIENT_S}
 
 
-def _load_buffers_and_frozen(engine: Engine, run: SavedRun, parameters: _zero.Parameters) -> None:
+@contextmanager
+def _halfway(run: SavedRun) -> Iterator[None]:
+    """One rank's disk or memory may fail it alone: an error on every rank, which says that what was loaded is not whole."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = RuntimeError(
+            f"load_checkpoint: {run.folder}: expected to read all of it, got {type(caught).__name__}: {str(caught)[:300]}"
+            " Weights and optimizer are half loaded now. Remedy: load this or another checkpoint before training goes on."
+        )
+        error.__cause__ = caught
+    raise_together(error)
+
+
+def _weights_of(run: SavedRun, layout: Layout, fragment: Fragment, shape: torch.Size) -> Tensor | None:
+    """1-D on the CPU: a fragment's weights, whether they were trained or frozen; None where the checkpoint has none."""
+    if fragment.name not in layout:
+        return run.frozen(fragment.name, shape, fragment.param_start, fragment.numel)
+    values = torch.empty(fragment.numel, dtype=torch.float32)
+    for piece in layout.find(replace(fragment, shard_start=0)):
+        old = run.weights(piece.source)[piece.source_start : piece.source_start + piece.numel]
+        values[piece.target_start : piece.target_start + piece.numel].copy_(old)
+    return values
+
+
+def _load_buffers_and_frozen(engine: Engine, run: SavedRun, layout: Layout, parameters: _zero.Parameters) -> None:
     model = run.model_states()
     buffers = dict(engine.module.named_buffers())
     for name in model["buffer_names"]:
-        buffers[name].copy_(model["module"][name])
+        if name in buffers:
+            buffers[name].copy_(model["module"][name])
     named = dict(engine.module.named_parameters())
     for name in parameters.shapes.keys() - parameters.by_name.keys():
-        param = named[name]
-        whole = run.frozen(name, parameters.shapes[name])
-        if whole is None:
+        param, shape = named[name], parameters.shapes[name]
+        mine = _local_part(param, shape.numel())
+        start, end = mine
+        values = _weights_of(run, layout, Fragment(name, start, 0, end - start), shape)
+        if values is None:
             continue
-        if hasattr(param, "ds_tensor"):
-            share = param.ds_tensor.numel()
-            start = share * torch.distributed.get_rank(param.ds_process_group)
-            part = whole.view(-1)[start : start + share]
-            param.ds_tensor.data[: part.numel()].copy_(part)
-        else:
-            param.data.copy_(whole)
+        target = param.ds_tensor if hasattr(param, "ds_tensor") else param
+        target.data.view(-1)[: end - start].copy_(values)
+
+
+def _local_part(param: Any, numel: int) -> tuple[int, int]:
+    """First element and last + 1 of a parameter that this rank has: its partition, or all."""
+    if not hasattr(param, "ds_tensor"):
+        return 0, numel
+    share = param.ds_tensor.numel()
+    start = min(share * torch.distributed.get_rank(param.ds_process_group), numel)
+    return start, min(start + share, numel)
 
 
 def _load_optimizer(
     engine: Engine, run: SavedRun, layout: Layout, shards: Sequence[FlatShard], mine: Sequence[SavedShard]
 ) -> None:
-    """Put the old run's elements into a state dict of this run's layout, and let DeepSpeed load that."""
+    """Masters and moments, in place; then DeepSpeed loads what lies there already, for all that it does besides.
+
+    See [Note: elastic resume]: what the device holds does not grow, unless there were no moments yet.
+    """
     optimizer = engine.optimizer
     kind = kind_of(engine)
-    weights = [_gathered(shard, layout, run.weights, shard.flat().dtype) for shard in shards]
-    states = {place.state_index: _state(shard, layout, run) for shard, place in zip(shards, mine, strict=True)}
+    base = _zero.base_optimizer(engine)
+    for shard in shards:
+        _fill(shard.flat(), shard, layout, run.weights)
+    states = {
+        place.state_index: _state(shard, layout, run, base.state.pop(shard.tensor, {}))
+        for shard, place in zip(shards, mine, strict=True)
+    }
     template = optimizer.state_dict()
-    base = template if kind == PLAIN else template[PLACES[kind].base]
+    new = template if kind == PLAIN else template[PLACES[kind].base]
     groups = run.base_state(0)["param_groups"]
-    base = {
+    loaded = {
         "state": {i: state for i, state in sorted(states.items()) if state},
         "param_groups": [
-            {**old, "params": new["params"]} for old, new in zip(groups, base["param_groups"], strict=True)
+            {**old, "params": new["params"]} for old, new in zip(groups, new["param_groups"], strict=True)
         ],
     }
     if kind == PLAIN:
-        optimizer.load_state_dict(base)
-        for shard, values in zip(shards, weights, strict=True):
-            shard.flat().copy_(values)
+        optimizer.load_state_dict(loaded)
         return
-    template[PLACES[kind].base] = base
+    template[PLACES[kind].base] = loaded
     old = run.optimizer_states(0)
     template |= {key: old[key] for key in _SCALER if key in old and key in template}
     if kind.startswith("FP16"):
-        _copy_masters(shards, weights)
         template[PLACES[kind].weights] = getattr(optimizer, PLACES[kind].weights)
         optimizer.load_state_dict(template)
     else:
-        template[PLACES[kind].weights] = weights
+        template[PLACES[kind].weights] = [shard.flat() for shard in shards]
         ranks = torch.distributed.get_world_size(optimizer.dp_process_group)
         optimizer.load_state_dict([template] * ranks, load_optimizer_states=True, load_from_fp32_weights=True)
 
 
-def _copy_masters(shards: Sequence[FlatShard], weights: Sequence[Tensor]) -> None:
-    for shard, values in zip(shards, weights, strict=True):
-        shard.flat().copy_(values)
+def _load_progress(engine: Engine, run: SavedRun, load_lr_scheduler_states: bool) -> None:
+    model = run.model_states()
+    if load_lr_scheduler_states and engine.lr_scheduler is not None:
+        engine.lr_scheduler.load_state_dict(model["lr_scheduler"])
+    for counter in ("global_steps", "global_samples", "skipped_steps"):
+        setattr(engine, counter, model[counter])
+
+
+def _client_state(run: SavedRun) -> dict[str, Any]:
+    return {key: value for key, value in run.model_states().items() if key not in _NOT_THE_CLIENT_S}
 
 
 def _update_forward_weights(optimizer: Any) -> None:
-    """16-bit weights from their masters; ZeRO-3 has done it by now, and an optimizer in fp32 has no others. A collective."""
-    if hasattr(optimizer, "update_lp_params"):
+    """16-bit weights from their masters; an optimizer in fp32 has no others. A collective."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        for sub_group, lp in enumerate(optimizer.fp16_partitioned_groups_flat):
+            if lp is None or lp.data_ptr() != optimizer.fp32_partitioned_groups_flat[sub_group].data_ptr():
+                optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+    elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()
     elif hasattr(optimizer, "fp16_groups_flat"):
         for lp, hp in zip(optimizer.fp16_groups_flat, optimizer.fp32_groups_flat, strict=True):
@@ -156,22 +244,23 @@ def _update_forward_weights(optimizer: Any) -> None:
                 lp.data.copy_(hp)
 
 
-def _gathered(
-    shard: FlatShard, layout: Layout, values_of: Callable[[SavedShard], Tensor | None], dtype: torch.dtype
-) -> Tensor:
-    """1-D of the shard's size, on its device: old values where they belong, zero in padding and where there was none."""
-    whole = torch.zeros(shard.numel, dtype=dtype, device=shard.tensor.device)
+def _fill(flat: Tensor, shard: FlatShard, layout: Layout, values_of: Callable[[SavedShard], Tensor | None]) -> None:
+    """Put old values where they belong, zero into padding and where there was none; `flat` is laid out like the shard."""
+    flat.zero_()
     for fragment in shard.fragments:
         for piece in layout.find(fragment):
             values = values_of(piece.source)
             if values is not None:
                 part = values[piece.source_start : piece.source_start + piece.numel]
-                whole[piece.target_start : piece.target_start + piece.numel].copy_(part)
-    return whole
+                flat[piece.target_start : piece.target_start + piece.numel].copy_(part)
 
 
-def _state(shard: FlatShard, layout: Layout, run: SavedRun) -> dict[str, Any]:
-    """The base optimizer's state of one new flat shard: moments put together, counters as in the first old shard that has any."""
+def _state(shard: FlatShard, layout: Layout, run: SavedRun, present: dict[str, Any]) -> dict[str, Any]:
+    """The base optimizer's state of one new flat shard: moments put together, counters as in the first old shard that has any.
+
+    Args:
+        present: its state so far, whose moments are written over.
+    """
     sources = {piece.source.key: piece.source for f in shard.fragments for piece in layout.find(f)}
     known = [(source, run.state(source)) for source in sources.values()]
     source, first = next(((s, state) for s, state in known if state), (None, {}))
@@ -187,7 +276,11 @@ def _state(shard: FlatShard, layout: Layout, run: SavedRun) -> dict[str, Any]:
                 found = run.state(old).get(key)
                 return None if found is None else found.view(-1)
 
-            state[key] = _gathered(shard, layout, moments, value.dtype).view(shard.tensor.shape)
+            place = present.pop(key, None)
+            if not (isinstance(place, Tensor) and place.shape == shard.tensor.shape and place.dtype == value.dtype):
+                place = torch.empty(shard.tensor.shape, dtype=value.dtype, device=shard.tensor.device)
+            state[key] = place
+            _fill(place.view(-1), shard, layout, moments)
         else:
             state[key] = value.clone() if isinstance(value, Tensor) else value
     return state

@@ -25,6 +25,8 @@ from ds_childtune.layout import SavedShard
 What = Literal["model", "optim"]
 """*_model_states.pt or *_optim_states.pt."""
 
+ZERO_3 = "DeepSpeedZeroOptimizer_Stage3"
+
 PLAIN = "plain"
 """The kind of an engine whose optimizer is the base optimizer itself: ZeRO 0 in fp32."""
 
@@ -44,9 +46,7 @@ _ZERO = Places("optim", ("optimizer_state_dict",), "single_partition_of_fp32_gro
 PLACES = {
     "DeepSpeedZeroOptimizer": _ZERO,
     "BF16_Optimizer": _ZERO,
-    "DeepSpeedZeroOptimizer_Stage3": Places(
-        "optim", ("optimizer_state_dict",), "fp32_flat_groups", "optimizer_state_dict"
-    ),
+    ZERO_3: Places("optim", ("optimizer_state_dict",), "fp32_flat_groups", "optimizer_state_dict"),
     "FP16_Optimizer": Places("model", ("optimizer",), "fp32_groups_flat", "optimizer_state_dict"),
     "FP16_UnfusedOptimizer": Places("model", ("optimizer",), "fp32_groups", "optimizer_state_dict"),
 }
@@ -96,16 +96,21 @@ class SavedRun:
         """The base optimizer's state of a flat shard; empty when it was never stepped."""
         return self.base_state(shard.rank)["state"].get(shard.state_index, {})  # type: ignore[no-any-return]
 
-    def frozen(self, name: str, shape: torch.Size) -> Tensor | None:
-        """A frozen parameter, whole; None when the checkpoint was saved without."""
+    def frozen(self, name: str, shape: torch.Size, start: int, numel: int) -> Tensor | None:
+        """1-D: the elements [start, start + numel) of a frozen parameter; None when the checkpoint was saved without."""
         first = self.model_states()
-        if self.kind != "DeepSpeedZeroOptimizer_Stage3":
-            return first["module"].get(name)  # type: ignore[no-any-return]
-        if first["frozen_param_fragments"] is None:
+        if self.kind != ZERO_3:
+            whole = first["module"].get(name)
+            return None if whole is None else whole.view(-1)[start : start + numel]
+        fragments = first["frozen_param_fragments"]
+        if fragments is None or name not in fragments:
             return None
-        ranks = sorted(rank for what, rank in self.files if what == "model")
+        # ZeRO-3 pads the last partition, not the others.
+        share = fragments[name].numel()
+        ranks = range(start // share, -(-(start + numel) // share)) if share and numel else range(0)
         parts = [self.model_states(rank)["frozen_param_fragments"][name].view(-1) for rank in ranks]
-        return torch.cat(parts)[: shape.numel()].view(shape)
+        first_element = ranks.start * share
+        return torch.cat(parts)[start - first_element : start - first_element + numel] if parts else torch.empty(0)
 
     def _file(self, what: What, rank: int) -> dict[str, Any]:
         name = self.files[what, rank]

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ds_childtune import _zero_checkpoint, _zero_elastic, _zero_lean, tag_folder
 from ds_childtune._ranks import check_same, gather_objects, raise_together, raising_together, tell
-from ds_childtune._zero_files import SavedRun
+from ds_childtune._zero_files import ZERO_3, SavedRun
 from ds_childtune.attached import Attached, ReadState, Resume, Resumed
-from ds_childtune.child_checkpoint import KIND, check_config, check_model, read_compact, read_masks
+from ds_childtune.child_checkpoint import KIND, check_config, check_model, check_shapes, read_compact, read_masks
 from ds_childtune.child_format import ChildFileError
 from ds_childtune.child_reader import Child, open_child
 from ds_childtune.compact_child import CompactChild
@@ -75,16 +75,27 @@ class CheckpointLoader:
         carried = name is not None and (folder / name / tag_folder.CHILD).is_dir()
         if weights_alone or not carried:
             self._check_no_fixed_child(load_dir, weights_alone)
-            tell(f"ds_childtune: {load_dir} {name}: loading DeepSpeed's part alone, without a child")
-            if name is not None and not weights_alone:
-                # Masters and moments of the checkpoint want shards of their own dtype to lie in, not views of 16-bit weights.
-                _zero_lean.settle(self._attached.engine.optimizer)
-            loaded = load_as_deepspeed_does()
+            if name is not None and carried and custom_load_fn is None:
+                loaded = self._load_weights(
+                    folder, name, load_module_strict, load_module_only, load_lr_scheduler_states, load_as_deepspeed_does
+                )
+            else:
+                with raising_together():
+                    self._check_that_deepspeed_loads(folder, name, weights_alone, load_module_only)
+                tell(f"ds_childtune: {load_dir} {name}: loading DeepSpeed's part alone, without a child")
+                if name is not None and not weights_alone:
+                    # Masters and moments of the checkpoint want shards of their own dtype to lie in, not views of 16-bit weights.
+                    _zero_lean.settle(self._attached.engine.optimizer)
+                loaded = load_as_deepspeed_does()
             self._resume(Resumed(self._read().progress, None))
             return loaded
 
         assert name is not None
         child, record = self._opened(folder, name)
+        with raising_together():
+            check_config(child, self._attached.config)
+            check_model(child, self._attached.parameters.shapes, self._attached.stored_names(chosen=record.chosen))
+            self._check_precision(record, folder / name)
         mine = _zero_checkpoint.saved_shards(self._attached.engine, self._attached.shards, dist.get_rank())
         here = folder / name
         same_shape = self._is_same_shape(child, record, mine)
@@ -147,7 +158,7 @@ class CheckpointLoader:
                 why = "weights alone are loaded" if weights_alone else "the checkpoint has no child"
                 raise RuntimeError(
                     f"load_checkpoint: expected a checkpoint with a child, as this engine has one, but {why} from {load_dir}."
-                    " Remedy: load before child.select(), or detach() first."
+                    " Remedy: load before child.select(); now, call detach() and attach(engine) first."
                 )
 
     def _opened(self, folder: Path, name: str) -> tuple[Child, RunRecord]:
@@ -166,10 +177,64 @@ class CheckpointLoader:
                     f"load_checkpoint: {here} is not whole: {error} Other checkpoints here, newest first:"
                     f" {', '.join(others[:3]) or 'none'}; load one with tag=."
                 ) from error
-            check_config(child, self._attached.config)
-            check_model(child, self._attached.parameters.shapes, self._attached.stored_names(chosen=record.chosen))
-            self._check_precision(record, here)
         return child, record
+
+    def _load_weights(
+        self,
+        folder: Path,
+        name: str,
+        strict: bool,
+        module_only: bool,
+        load_lr_scheduler_states: bool,
+        load_as_deepspeed_does: Callable[[], tuple[str | None, Any]],
+    ) -> tuple[str | None, Any]:
+        """Of a checkpoint with a child, the weights alone."""
+        child, record = self._opened(folder, name)
+        with raising_together():
+            check_shapes(child, self._attached.parameters.shapes, strict=strict)
+        tell(f"ds_childtune: {folder} {name}: loading weights alone, without the child")
+        here = _zero_checkpoint.kind_of(self._attached.engine)
+        same_shape = here == record.optimizer and record.world_size == dist.get_world_size()
+        # DeepSpeed itself loads nothing into ZeRO-3, and cannot read what ZeRO-3 wrote.
+        if ZERO_3 not in (here, record.optimizer) and (module_only or same_shape):
+            return load_as_deepspeed_does()
+        with raising_together():
+            run, layout = self._saved_run(folder / name, child, record)
+        client_state = _zero_elastic.load_weights(
+            self._attached.engine,
+            run,
+            layout,
+            self._attached.shards,
+            self._attached.parameters,
+            progress=not module_only,
+            load_lr_scheduler_states=load_lr_scheduler_states,
+        )
+        return str(folder / name), client_state
+
+    def _check_that_deepspeed_loads(
+        self, folder: Path, name: str | None, weights_alone: bool, module_only: bool
+    ) -> None:
+        """Raise NotImplementedError where plain DeepSpeed would load nothing, or something else, without a word."""
+        if name is None or not weights_alone or _zero_checkpoint.kind_of(self._attached.engine) != ZERO_3:
+            return
+        if module_only:
+            raise NotImplementedError(
+                f"load_checkpoint: {folder / name}: expected a checkpoint with a child, got one without: of those, DeepSpeed's"
+                " load_module_only loads nothing at ZeRO-3. Remedy: pass load_optimizer_states=False instead."
+            )
+        latest = tag_folder.read_latest(folder)
+        if latest != name:
+            raise NotImplementedError(
+                f"load_checkpoint: {folder / name}: expected the tag that `latest` names, {latest!r}: without optimizer states"
+                f" DeepSpeed loads that one's weights at ZeRO-3, whatever tag it is asked for. Remedy: write {name} into"
+                f" {folder / tag_folder.LATEST}."
+            )
+
+    def _saved_run(self, here: Path, child: Child, record: RunRecord) -> tuple[SavedRun, Layout]:
+        layout = Layout(shard for file in record.ranks for shard in read_layout(child.folder / file.name))
+        return SavedRun(
+            here, record.optimizer, {(file.what, file.rank): file.name for file in record.deepspeed}
+        ), layout
 
     def _check_precision(self, record: RunRecord, here: Path) -> None:
         precision = self._attached.precision
@@ -192,9 +257,7 @@ class CheckpointLoader:
         self, here: Path, child: Child, record: RunRecord, mine: Sequence[Any], load_lr_scheduler_states: bool
     ) -> dict[str, Any]:
         with raising_together():
-            layout = Layout(shard for file in record.ranks for shard in read_layout(child.folder / file.name))
-            files = {(file.what, file.rank): file.name for file in record.deepspeed}
-            run = SavedRun(here, record.optimizer, files)
+            run, layout = self._saved_run(here, child, record)
             _zero_elastic.check_elsewhere(self._attached.engine, run, layout, self._attached.shards)
         return _zero_elastic.load_elsewhere(
             self._attached.engine,

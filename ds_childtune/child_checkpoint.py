@@ -138,27 +138,39 @@ def hidden_state(child: TaskFreeChild | DenseChild | CompactChild | None) -> Ite
 # ---------------------------------------------------------------- what is read
 
 
-def check_model(child: Child, shapes: Mapping[str, torch.Size], stored: Iterable[str]) -> None:
-    """Raise ChildFileError unless the checkpoint is of this model."""
+def check_shapes(child: Child, shapes: Mapping[str, torch.Size], *, strict: bool = True) -> None:
+    """Raise ChildFileError unless the checkpoint's parameters are those of this model.
+
+    Args:
+        strict: whether both must have the same names; else those that both have must have the same shapes.
+    """
     saved = {p.name: p for p in child.manifest.parameters}
-    for name in sorted(saved.keys() ^ shapes.keys()):
+    for name in sorted(saved.keys() ^ shapes.keys()) if strict else ():
         what = "no such parameter" if name in saved else "one that the checkpoint lacks"
         raise ChildFileError(
-            f"{child.folder}: expected the model that wrote it, got {what}: {name}. Remedy: build the same model."
+            f"{child.folder}: expected the model that wrote it, got {what}: {name}. Remedy: build the same model; or load weights"
+            " alone, with load_module_only=True and load_module_strict=False: others than those that both have stay as they are."
         )
     for name, shape in shapes.items():
-        if saved[name].shape != tuple(shape):
+        if name in saved and saved[name].shape != tuple(shape):
             raise ChildFileError(
                 f"{child.folder}: {name}: expected shape {saved[name].shape}, as in the checkpoint, got {tuple(shape)}."
                 " Remedy: build the same model."
             )
+
+
+def check_model(child: Child, shapes: Mapping[str, torch.Size], stored: Iterable[str]) -> None:
+    """Raise ChildFileError unless the checkpoint is of this model, and of the same trainable and masked parameters."""
+    check_shapes(child, shapes)
     wanted = frozenset(stored)
-    for name, entry in saved.items():
+    for entry in child.manifest.parameters:
+        name = entry.name
         if entry.stored != (name in wanted):
             had, has = ("", "not ") if entry.stored else ("not ", "")
             raise ChildFileError(
                 f"{child.folder}: {name}: expected it {had}to be trainable and masked, as in the checkpoint, got that it is"
-                f" {has}so. Remedy: freeze the same parameters, and use the same include and exclude."
+                f" {has}so. Remedy: freeze the same parameters, and use the same include and exclude; or, for another child on"
+                " these weights, load them before select() with load_module_only=True."
             )
 
 
@@ -173,8 +185,8 @@ def check_config(child: Child, config: ChildTuningConfig) -> None:
         if saved.get(key) != asked[key]:
             raise ValueError(
                 f"child_tuning.{key}: expected {repr(saved.get(key))[:200]}, as in the checkpoint {child.folder.parent}, got"
-                f" {asked[key]!r}. Remedy: set it back; or, for another child on these weights, load them with"
-                " load_module_only=True and select again."
+                f" {asked[key]!r}. Remedy: set it back; or, for another child on these weights, load them before select() with"
+                " load_module_only=True."
             )
 
 

@@ -3,7 +3,8 @@
 [Note: elastic resume]
 DeepSpeed's files hold flat shards in the layout of the run that wrote them. A *layout* says what lies in them: for every rank its
 flat shards, and for each of those its fragments (see [Note: flat shards]). A run with another layout asks, fragment by fragment, which
-old shards hold the elements (`find`), and copies those pieces alone. Nothing is converted, and no rank sees a whole model.
+old shards hold the elements (`find`), and copies those pieces alone, over its own masters and moments: what its device holds does not
+grow. Nothing is converted, and no rank sees a whole model.
 """
 
 from __future__ import annotations
@@ -60,6 +61,10 @@ class Layout:
                 self._runs.setdefault(fragment.name, []).append((fragment.param_start, fragment, shard))
         for runs in self._runs.values():
             runs.sort(key=lambda run: run[0])
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a parameter has elements in a flat shard."""
+        return name in self._runs
 
     def find(self, fragment: Fragment) -> Iterator[Piece]:
         """The pieces that make up `fragment`, in order; replicas give each element once.

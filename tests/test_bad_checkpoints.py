@@ -200,6 +200,62 @@ def test_a_child_begins_on_a_plain_checkpoint(pool: RankPool, tmp_path: Path) ->
     assert pool[2].run(go_on_from_plain, ODD, str(tmp_path)) == [(2, 3)] * 2
 
 
+def plain_weights_at_zero_three(folder: str) -> tuple[list[str], list[bool]]:
+    """What is refused, and whether each of the remedies brings the weights that were asked for."""
+    setup = replace(ODD, stage=3)
+    weights, said, right = {}, [], []
+    with engine_of(setup) as engine:
+        for step, tag in enumerate((TAG, "last")):
+            train_step(engine, mine(setup, step))
+            engine.save_checkpoint(folder, tag)
+            weights[tag] = master_weights(engine)
+    with engine_of(setup) as engine:
+        ds_childtune.attach(engine, F)
+        refused: list[tuple[str, dict[str, bool]]] = [
+            ("last", {"load_module_only": True}),
+            (TAG, {"load_optimizer_states": False}),
+        ]
+        for tag, options in refused:
+            with pytest.raises(NotImplementedError) as error:
+                engine.load_checkpoint(folder, tag, **options)
+            said.append(str(error.value))
+        for tag in ("last", TAG):
+            dist.barrier()
+            if dist.get_rank() == 0:
+                (Path(folder) / "latest").write_text(tag)
+            dist.barrier()
+            engine.load_checkpoint(folder, tag, load_optimizer_states=False)
+            right.append(equal_bits(master_weights(engine), weights[tag]))
+    return said, right
+
+
+def test_plain_weights_alone_are_not_lost_at_zero_three(pool: RankPool, tmp_path: Path) -> None:
+    """Plain DeepSpeed loads nothing there, or the weights of another tag."""
+    for said, right in pool[2].run(plain_weights_at_zero_three, str(tmp_path)):
+        assert "Remedy: pass load_optimizer_states=False" in said[0]
+        assert f"Remedy: write {TAG} into {tmp_path / 'latest'}" in said[1]
+        assert right == [True, True]
+
+
+def detach_attach_and_load(setup: Setup, folder: str) -> tuple[str, bool]:
+    """The remedy of a refusal under a chosen child."""
+    with engine_of(setup) as engine:
+        child = attached(engine, setup, D_COMPACT)
+        with pytest.raises(RuntimeError) as error:
+            engine.load_checkpoint(folder, TAG, load_module_only=True)
+        child.detach()
+        ds_childtune.attach(engine, D_COMPACT)
+        before = master_weights(engine)
+        engine.load_checkpoint(folder, TAG, load_module_only=True)
+        return str(error.value), equal_bits(before, master_weights(engine))
+
+
+def test_weights_alone_after_detach_and_attach(pool: RankPool, good: Path) -> None:
+    for said, same in pool[2].run(detach_attach_and_load, replace(ODD, stage=3), str(good)):
+        assert "call detach() and attach(engine) first" in said
+        assert not same
+
+
 def load_two(folders: list[str]) -> str:
     with engine_of(ODD) as engine:
         ds_childtune.attach(engine, D_COMPACT)

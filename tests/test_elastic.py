@@ -186,3 +186,83 @@ def test_frozen_weights_and_buffers_move_too(
     for got in pool[goes[0]].run(with_other_frozen_weights, Setup("odd", stage=goes[1]), str(tmp_path), False):
         assert equal_bits(got[0], expected[0])
         assert got[1] == expected[1] == 7
+
+
+# ---------------------------------------------------------------- weights alone
+
+
+def save_trained(setup: Setup, block: dict[str, Any], folder: str) -> Weights:
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, block)
+        if child.config.mode == "ChildTuning-D":
+            child.select(deal(batches("odd", 4, seed=1000), dist.get_rank(), dist.get_world_size()))
+        for step in range(2):
+            train_step(engine, deal(batches("odd", 2, seed=step), dist.get_rank(), dist.get_world_size()))
+        engine.save_checkpoint(folder, "trained", client_state={"note": 7})
+        at = model_weights(engine)
+        train_step(engine, deal(batches("odd", 2, seed=9), dist.get_rank(), dist.get_world_size()))
+        engine.save_checkpoint(folder, "later")
+        return at
+
+
+@dataclass(frozen=True)
+class WeightsAlone:
+    """What is there after a load of weights alone, and whether a child that is chosen then trains."""
+
+    start: Weights
+    forward: Weights
+    masters: Weights
+    note: Any
+    global_steps: int
+    trains: bool
+
+
+def load_weights_alone(setup: Setup, folder: str, options: list[dict[str, bool]]) -> list[WeightsAlone]:
+    """As the error for another child on these weights says: before select, with load_module_only."""
+    ends = []
+    for option in options:
+        with engine_of(setup) as engine:
+            child = ds_childtune.attach(engine, BLOCKS["D-compact"] | {"reserve_p": 0.5})
+            start = model_weights(engine)
+            with pytest.raises(ValueError, match=r"load them before select\(\) with load_module_only=True"):
+                engine.load_checkpoint(folder, "trained")
+            assert equal_bits(model_weights(engine), start), "the refusal has changed something"
+            _, client_state = engine.load_checkpoint(folder, "trained", **option)
+            forward, masters, steps = model_weights(engine), master_weights(engine), engine.global_steps
+            child.select(deal(batches("odd", 4, seed=1), dist.get_rank(), dist.get_world_size()))
+            assert equal_bits(model_weights(engine), forward)
+            train_step(engine, deal(batches("odd", 2, seed=2), dist.get_rank(), dist.get_world_size()))
+            trains = not equal_bits(model_weights(engine), forward)
+            ends.append(WeightsAlone(start, forward, masters, client_state.get("note"), steps, trains))
+    return ends
+
+
+MODULE_ONLY, NO_STATES = {"load_module_only": True}, {"load_optimizer_states": False}
+
+
+@pytest.mark.parametrize(
+    ("mode", "bf16", "came", "goes"),
+    [
+        ("D", False, (2, 3), [(2, 3), (1, 2), (2, 0)]),
+        ("D-compact", True, (2, 3), [(2, 3), (1, 3)]),
+        ("F", True, (2, 2), [(2, 2), (2, 3)]),
+        ("D-compact", False, (2, 1), [(1, 1), (2, 3)]),
+    ],
+)
+def test_weights_alone_are_really_loaded(
+    pool: RankPool, mode: str, bf16: bool, came: tuple[int, int], goes: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    """Whatever the stages: what the forward pass sees is what it saw when the checkpoint was written, frozen weights included."""
+
+    def setup(place: tuple[int, int]) -> Setup:
+        return Setup("odd", stage=place[1], bf16=bf16, sub_group_size=20, persistence_threshold=5)
+
+    saved = pool[came[0]].run(save_trained, setup(came), BLOCKS[mode], str(tmp_path))[0]
+    for place in goes:
+        for rank in pool[place[0]].run(load_weights_alone, setup(place), str(tmp_path), [MODULE_ONLY, NO_STATES]):
+            for end, steps in zip(rank, (0, 2), strict=True):
+                assert not equal_bits(end.start, saved), "vacuous: training changed nothing"
+                assert equal_bits(end.forward, saved)
+                rounded = {n: w.to(saved[n].dtype) for n, w in end.masters.items()}
+                assert equal_bits(rounded, {n: saved[n] for n in rounded}), "the next step would undo the load"
+                assert (end.note, end.global_steps, end.trains) == (7, steps, True)
