@@ -50,6 +50,10 @@ class Setup:
     offload: bool = False
     sub_group_size: int = 1_000_000_000
     persistence_threshold: int = 0
+    bucket: int = 400
+    """Elements of a communication bucket. Small, so that every pass fills several."""
+    overlap_comm: bool = False
+    """Reduce on a stream of its own. Without effect on CPUs."""
     zero_init: bool = False
     """Build the model under `deepspeed.zero.Init`."""
     lean: bool = False
@@ -67,8 +71,14 @@ class Setup:
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     def config(self) -> dict[str, Any]:
-        """The DeepSpeed config. Buckets are small, so that every pass fills several."""
-        zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": 400, "allgather_bucket_size": 400}
+        """The DeepSpeed config."""
+        zero: dict[str, Any] = {
+            "stage": self.stage,
+            "reduce_bucket_size": self.bucket,
+            "allgather_bucket_size": self.bucket,
+        }
+        if self.overlap_comm:
+            zero["overlap_comm"] = True
         if self.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
         if self.stage == 3:
