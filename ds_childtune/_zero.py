@@ -8,12 +8,15 @@ state is keyed by the flat shard's tensor, never by group index.
 
 Layouts, by the class of `engine.optimizer`:
 
-    DeepSpeedZeroOptimizer         (1, 2)           a slice of the concatenated group; `param._hp_mapping` says of what
-    BF16_Optimizer                 (1, bf16, fp32 accumulation)   likewise
+    DeepSpeedZeroOptimizer         (1, 2)           a slice of the concatenated group, in the order of `round_robin_bit16_groups`
+    BF16_Optimizer                 (1, bf16, fp32 accumulation)   likewise; `param._hp_mapping` says of what
     DeepSpeedZeroOptimizer_Stage3  (3)              every parameter split on its own; `grad_position` says where it lies
     FP16_Optimizer                 (0, 16-bit, FusedAdam)         whole groups, concatenated, on every rank
     FP16_UnfusedOptimizer          (0, 16-bit, others)            whole parameters, on every rank
     the base optimizer itself      (0, fp32)        the parameters themselves, on every rank
+
+`_hp_mapping` of DeepSpeedZeroOptimizer is not read: with `round_robin_gradients` it is in another order than the flat buffer. What is
+read is compared with the weights, see `_zero_layout.py`.
 """
 
 from __future__ import annotations
@@ -140,7 +143,7 @@ def read_flat_shards(engine: Engine, parameters: Parameters) -> tuple[FlatShard,
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return _stage3_shards(optimizer, names)
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
-        return _mapped_shards(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, names)
+        return _sliced_shards(optimizer, names)
     if hasattr(optimizer, "fp32_groups_flat_partition"):
         return _mapped_shards(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, names)
     counted = data_parallel_rank(engine) == 0
@@ -172,6 +175,24 @@ def _stage3_shards(optimizer: Any, names: dict[int, str]) -> tuple[FlatShard, ..
             numel = min(partition_numel, param.ds_numel - param_start)
             if numel > 0:
                 fragments.append(Fragment(names[id(param)], param_start, shard_start, numel))
+        shards.append(FlatShard(tensor, tuple(fragments)))
+    return tuple(shards)
+
+
+def _sliced_shards(optimizer: Any, names: dict[int, str]) -> tuple[FlatShard, ...]:
+    """A flat shard is this rank's slice of a group's parameters, which lie one after the other, maybe with gaps."""
+    from deepspeed import comm as dist
+
+    shards = []
+    for i, tensor in enumerate(optimizer.single_partition_of_fp32_groups):
+        first = tensor.numel() * dist.get_rank(group=optimizer.real_dp_process_group[i])
+        fragments = []
+        for param, offset in zip(
+            optimizer.round_robin_bit16_groups[i], optimizer.round_robin_bit16_offsets[i], strict=True
+        ):
+            start, end = max(offset, first), min(offset + param.numel(), first + tensor.numel())
+            if start < end:
+                fragments.append(Fragment(names[id(param)], start - offset, start - first, end - start))
         shards.append(FlatShard(tensor, tuple(fragments)))
     return tuple(shards)
 

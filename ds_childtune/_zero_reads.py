@@ -8,11 +8,13 @@ refused by name where it would be lost. Reads DeepSpeed's attributes, as `_zero.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
+from ds_childtune._zero_deep_two import mapped_to
 from ds_childtune.child_shards import ChildShard, put_
 from ds_childtune.compact_child import CompactChild
 from ds_childtune.optimizer_state import per_element
@@ -44,6 +46,7 @@ class _Mapped:
         self._optimizer = optimizer
         self._child = child
         pairs = [(flat, param) for flat, group in zip(flats, groups, strict=True) for param in group]
+        self._linked = _link_in_order(optimizer)
         self._mapped = [(flat, param._hp_mapping) for flat, param in pairs if param._hp_mapping is not None]
         for flat, mapping in self._mapped:
             mapping.optim_fragment = {}  # what is there are views of dense moments, which would keep them alive
@@ -65,6 +68,8 @@ class _Mapped:
         for flat, mapping in self._mapped:
             del mapping.get_hp_fragment
             mapping.set_optim_state_fragment(flat, self._child.optimizer.state.get(flat, {}))
+        for link in self._linked:
+            link.put_back(self._child.optimizer.state)
 
     def _reader(self, shard: ChildShard, mapping: Any) -> Callable[..., Tensor]:
         start, numel = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
@@ -80,6 +85,54 @@ class _Mapped:
     def _restore_from_bit16_weights(self) -> None:
         for shard in self._child.shards.values():
             shard.tensor.copy_(shard.flat.flat().index_select(0, shard.index))
+
+
+@dataclass(frozen=True)
+class _Link:
+    """What DeepSpeed had written on a parameter of ZeRO 1 or 2 about its fragment."""
+
+    param: Any
+    flat: Tensor
+    mapping: Any
+    index: int | None
+
+    def put_back(self, state: Any) -> None:
+        self.param._hp_mapping, self.param._index_in_param_group = self.mapping, self.index
+        if self.mapping is not None:
+            mapped_to(self.flat, [self.mapping])
+            self.mapping.set_optim_state_fragment(self.flat, state.get(self.flat, {}))
+
+
+def _link_in_order(optimizer: Any) -> list[_Link]:
+    """Map parameters to where they lie; what DeepSpeed had written before. Nothing to do where that is right.
+
+    With `round_robin_gradients` DeepSpeed links parameters in the order of `bit16_groups`, which is not that of the flat buffer.
+    """
+    if not getattr(optimizer, "round_robin_gradients", False):
+        return []
+    from deepspeed import comm as dist
+    from deepspeed.utils.mixed_precision_linkage import link_hp_params
+
+    before = []
+    for i, (flat, group) in enumerate(
+        zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True)
+    ):
+        before += [_Link(p, flat, p._hp_mapping, getattr(p, "_index_in_param_group", None)) for p in group]
+        ordered = zip(optimizer.round_robin_bit16_groups[i], optimizer.round_robin_bit16_offsets[i], strict=True)
+        offsets = {id(param): offset for param, offset in ordered}
+        link_hp_params(
+            lp_param_list=group,
+            flat_hp_partition=flat,
+            gradient_dict=optimizer.averaged_gradients,
+            offload_gradient_dict=optimizer.offload_gradient_dict,
+            use_offload=optimizer.cpu_offload,
+            param_group_index=i,
+            partition_start=flat.numel() * dist.get_rank(group=optimizer.real_dp_process_group[i]),
+            partition_size=flat.numel(),
+            dp_group=optimizer.real_dp_process_group[i],
+            param_offsets=[offsets[id(param)] for param in group],
+        )
+    return before
 
 
 def _setting_weights_alone(method: Callable[..., None]) -> Callable[..., None]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ds_childtune import _zero, _zero_clip, _zero_depth, _zero_reads
+from ds_childtune import _zero, _zero_clip, _zero_depth, _zero_layout, _zero_reads
 from ds_childtune._calibration import LossFunction, default_loss, estimate_fisher
 from ds_childtune._ranks import check_same, device, raising_together, sum_over_ranks, tell
 from ds_childtune.attached import Attached, ChildState, Policy, Resumed
@@ -62,6 +62,7 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
         if parsed.mode == "ChildTuning-D" and parsed.compat is None and parsed.optimizer_state == "dense":
             for group in _zero.base_optimizer(engine).param_groups:
                 decay_style(_zero.base_optimizer(engine), group)
+        _zero_layout.check_layout(engine, parameters.by_name, shards)
     check_same(parsed.model_dump_json(), "child_tuning")
     check_same(repr(sorted(parameters.shapes.items())), "the model's parameter names and shapes")
     if parsed.optimizer_state == "compact":

@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
@@ -54,6 +55,8 @@ class Setup:
     """Elements of a communication bucket. Small, so that every pass fills several."""
     overlap_comm: bool = False
     """Reduce on a stream of its own. Without effect on CPUs."""
+    round_robin: bool = False
+    """At ZeRO 1 and 2, flat shards in another order than param groups."""
     zero_init: bool = False
     """Build the model under `deepspeed.zero.Init`."""
     lean: bool = False
@@ -79,6 +82,8 @@ class Setup:
         }
         if self.overlap_comm:
             zero["overlap_comm"] = True
+        if self.round_robin:
+            zero["round_robin_gradients"] = True
         if self.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
         if self.stage == 3:
@@ -175,8 +180,30 @@ def master_weights(engine: Any) -> Weights:
     if engine.zero_optimization_stage() == 0:
         masters = _masters_without_zero(engine.optimizer)
         return {n: masters[p].detach().clone().view(p.shape) for n, p in trainable.items()}
+    # A compact child answers for DeepSpeed.
+    redirected = getattr(getattr(engine, "child_tuner", None), "_reads", None) is not None
+    if engine.zero_round_robin_gradients() and not redirected:
+        return _masters_by_address(engine.optimizer, trainable)
     shapes = {n: torch.Size(getattr(p, "ds_shape", p.shape)) for n, p in trainable.items()}
     return {n: safe_get_full_fp32_param(p).detach().clone().view(shapes[n]) for n, p in trainable.items()}
+
+
+def _masters_by_address(optimizer: Any, parameters: dict[str, nn.Parameter]) -> Weights:
+    """Of ZeRO 1 and 2, where `safe_get_full_fp32_param` reads other parameters' with `round_robin_gradients`.
+
+    A parameter is a view of its group's flat buffer, of which the ranks' masters are copies, one after the other.
+    """
+    found = {}
+    for lp, part, group in zip(
+        optimizer.bit16_groups_flat, optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True
+    ):
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, part.detach())
+        whole = torch.cat(parts)
+        for param in group:
+            start = (param.data_ptr() - lp.data_ptr()) // lp.element_size()
+            found[param] = whole[start : start + param.numel()].view(param.shape)
+    return {name: found[param].clone() for name, param in parameters.items()}
 
 
 def _masters_without_zero(optimizer: Any) -> dict[nn.Parameter, Tensor]:

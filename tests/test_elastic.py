@@ -34,6 +34,7 @@ class Place:
     world_size: int
     stage: int
     sub_group_size: int = 90
+    round_robin: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def setup_of(place: Place, bf16: bool) -> Setup:
         schedule=True,
         accumulation=accumulation,
         sub_group_size=place.sub_group_size,
+        round_robin=place.round_robin,
         no_decay=("bias",),
     )
 
@@ -94,6 +96,12 @@ CHAINS = {
     "zero0": (Place(2, 0), Place(1, 3), Place(2, 0)),
     # In bf16, plain DeepSpeed's ZeRO 0 trains to other bits than its other stages.
     "zero0-alone": (Place(2, 0), Place(1, 0), Place(2, 0)),
+    "round-robin": (
+        Place(2, 2, round_robin=True),
+        Place(4, 1, round_robin=True),
+        Place(2, 3),
+        Place(2, 2, round_robin=True),
+    ),
     "sub-groups": (Place(2, 3, 40), Place(2, 3, 10**9), Place(2, 1)),
 }
 CELLS = [
@@ -104,6 +112,9 @@ CELLS = [
     ("1-2-4-1", "D-compact", True),
     ("zero0", "D-compact", False),
     ("zero0-alone", "D", True),
+    ("round-robin", "F", True),
+    ("round-robin", "D", False),
+    ("round-robin", "D-compact", True),
     ("sub-groups", "F", False),
     ("sub-groups", "D-compact", True),
 ]

@@ -52,7 +52,7 @@ class Cell:
         parts += [f"sub{s.sub_group_size}"] if s.sub_group_size < 10**9 else []
         parts += ["persistent"] if s.persistence_threshold else []
         parts += ["groups"] if s.no_decay else []
-        parts += [name for name in ("offload", "zero_init", "fp32_accumulation") if getattr(s, name)]
+        parts += [name for name in ("offload", "round_robin", "zero_init", "fp32_accumulation") if getattr(s, name)]
         return "-".join([*parts, *(v for v in self.block.values() if isinstance(v, str))])
 
 
@@ -180,6 +180,11 @@ def chosen_cells() -> list[Cell]:
         Cell(D, Setup("llama", stage=3, bf16=True, offload=True, sub_group_size=300)),
         Cell(F, Setup("llama", stage=3, bf16=True, zero_init=True, persistence_threshold=50)),
         Cell(D, Setup("odd", stage=1), world_size=4),
+        Cell(F, Setup("gpt2", stage=1, round_robin=True, accumulation=2, clip=0.5)),
+        Cell(F, Setup("llama", stage=2, round_robin=True, bf16=True)),
+        Cell(D, Setup("odd", stage=1, round_robin=True, no_decay=NO_DECAY), world_size=4),
+        Cell(D, Setup("gpt2", stage=2, round_robin=True, accumulation=2, clip=0.5), block={"clip": "child"}),
+        Cell(D, Setup("llama", stage=2, round_robin=True, bf16=True, offload=True, clip=0.5)),
         Cell(D, Setup("odd", stage=2, offload=True), world_size=4),
         Cell(D, Setup("gpt2", stage=0), world_size=1),
         Cell(F, Setup("bert", stage=2, clip=0.5), world_size=1),
@@ -218,7 +223,12 @@ def test_weights_equal_the_oracle(pool: RankPool, cell: Cell, record_property: A
         assert all(same(a, b) for a, b in zip(first.masks, free_masks(pool, cell.setup.family), strict=True))
 
     frozen_outside = cell.mode == D and "compat" not in cell.block
-    child = reference.Child(first.masks, scale=1 / P if cell.mode == F else 1.0, frozen_outside=frozen_outside)
+    child = reference.Child(
+        first.masks,
+        scale=1 / P if cell.mode == F else 1.0,
+        frozen_outside=frozen_outside,
+        clip_child=cell.block.get("clip") == "child",
+    )
     expected = oracle_weights(cell, first.start, child)
     moved = reference.distance(expected, first.start)
     unmasked = reference.distance(oracle_weights(cell, first.start, None), expected)
