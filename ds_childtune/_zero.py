@@ -35,10 +35,14 @@ Engine = Any
 
 @dataclass(frozen=True)
 class Parameters:
-    """The trainable parameters that DeepSpeed optimises, by name."""
+    """The parameters that DeepSpeed optimises, by name."""
 
     by_name: dict[str, nn.Parameter]
-    """In the order of `engine.module.named_parameters()`; a tied parameter has its first name."""
+    """Those that the optimizer steps, whether they were frozen since or not. In the order of `engine.module.named_parameters()`; a
+    tied parameter has its first name."""
+
+    not_held: tuple[str, ...]
+    """Trainable parameters that the optimizer does not hold, so that they do not train."""
 
     aliases: dict[str, str]
     """Every name of every parameter, frozen and tied ones included, to its first name."""
@@ -122,18 +126,60 @@ def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
 
 
 def read_parameters(engine: Engine) -> Parameters:
-    """The model's parameters, by name."""
+    """The model's parameters, by name.
+
+    Raises:
+        NotImplementedError: when the optimizer holds parameters that are not the model's.
+    """
+    held = {id(p): p for p in _held(engine.optimizer) if p.requires_grad or _is_wrapper(engine.optimizer)}
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
-    shapes: dict[str, torch.Size] = {}
     by_name: dict[str, nn.Parameter] = {}
+    not_held = []
     for name, param in engine.module.named_parameters(remove_duplicate=False):
         aliases[name] = first.setdefault(id(param), name)
         if aliases[name] == name:
-            shapes[name] = torch.Size(getattr(param, "ds_shape", param.shape))
-            if param.requires_grad:
+            if id(param) in held:
                 by_name[name] = param
-    return Parameters(by_name, aliases, shapes)
+            elif param.requires_grad:
+                not_held.append(name)
+    strangers = [tuple(p.shape) for key, p in held.items() if key not in first]
+    if strangers:
+        raise NotImplementedError(
+            f"ds_childtune does not support an optimizer that holds parameters outside the model: it has {len(strangers)} of shapes"
+            f" {', '.join(map(str, strangers[:3]))}. Remedy: make them parameters of the model that deepspeed.initialize is given."
+        )
+    return Parameters(by_name, tuple(not_held), aliases, _shapes(engine))
+
+
+def changed_parameters(engine: Engine, parameters: Parameters) -> list[str]:
+    """Names of parameters that came, went, have another shape, or left the optimizer. Frozen or not makes no difference."""
+    held = {id(p) for p in _held(engine.optimizer)}
+    now = dict(engine.module.named_parameters())
+    changed = {name for name, _ in _shapes(engine).items() ^ parameters.shapes.items()}
+    changed |= {name for name, p in parameters.by_name.items() if now.get(name) is not p or id(p) not in held}
+    return sorted(changed)
+
+
+def _shapes(engine: Engine) -> dict[str, torch.Size]:
+    return {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+
+
+def _is_wrapper(optimizer: Any) -> bool:
+    """Whether DeepSpeed has put flat shards in the place of parameters. These are stepped when parameters are frozen, too."""
+    return any(hasattr(optimizer, name) for name in _GROUPS)
+
+
+_GROUPS = ("bit16_groups", "bf16_groups", "fp16_groups")
+"""Lists of parameters by group, of DeepSpeed's optimizers."""
+
+
+def _held(optimizer: Any) -> list[Any]:
+    """The parameters that the optimizer was given and took."""
+    groups = next((getattr(optimizer, name) for name in _GROUPS if hasattr(optimizer, name)), None)
+    if groups is None:
+        groups = [group["params"] for group in optimizer.param_groups]
+    return [param for group in groups for param in group]
 
 
 def read_flat_shards(engine: Engine, parameters: Parameters) -> tuple[FlatShard, ...]:

@@ -95,15 +95,8 @@ class CheckpointSaver:
 
     def _check_unchanged(self) -> None:
         """Raise RuntimeError when the model or the optimizer is no longer what `attach` saw."""
-        now = _zero.read_parameters(self._attached.engine)
-        if (
-            now.shapes != self._attached.parameters.shapes
-            or now.by_name.keys() != self._attached.parameters.by_name.keys()
-        ):
-            changed = sorted(
-                {n for n, _ in now.shapes.items() ^ self._attached.parameters.shapes.items()}
-                | (now.by_name.keys() ^ self._attached.parameters.by_name.keys())
-            )
+        changed = _zero.changed_parameters(self._attached.engine, self._attached.parameters)
+        if changed:
             raise RuntimeError(
                 f"save_checkpoint: expected the parameters that were there at attach, got changes in {', '.join(changed[:4])}"
                 f" ({len(changed)}). Remedy: call detach() and attach(engine) again after changing the model."

@@ -13,6 +13,9 @@ from ds_childtune.config import ChildTuningConfig
 def eligible_names(model: nn.Module, trainable: Sequence[str], config: ChildTuningConfig) -> frozenset[str]:
     """The names, among `trainable`, of the parameters that `config` makes eligible.
 
+    Args:
+        trainable: what the optimizer steps.
+
     Raises:
         ValueError: when a pattern matches nothing, or nothing is left.
     """
@@ -25,7 +28,7 @@ def eligible_names(model: nn.Module, trainable: Sequence[str], config: ChildTuni
         if not names:
             raise ValueError(
                 f"child_tuning.include: {type(model).__name__} has no repeated blocks (an nn.ModuleList of modules of one"
-                f" class) with trainable parameters, so ChildTuning-D needs patterns."
+                f" class) with trainable parameters that the optimizer holds, so ChildTuning-D needs patterns."
                 f' Remedy: set "include", for example ["*"]; the model has {_some(trainable)}.'
             )
     names -= _matching(trainable, config.exclude, key="exclude")
@@ -43,8 +46,8 @@ def _matching(trainable: Sequence[str], patterns: Iterable[str], *, key: str) ->
         names = {name for name in trainable if fnmatchcase(name, pattern)}
         if not names:
             raise ValueError(
-                f"child_tuning.{key}: the pattern {pattern!r} matches none of the {len(trainable)} trainable parameters."
-                f" Remedy: correct it; the model has {_some(trainable)}."
+                f"child_tuning.{key}: the pattern {pattern!r} matches none of the {len(trainable)} trainable parameters that the"
+                f" optimizer holds. Remedy: correct it; the model has {_some(trainable)}."
             )
         matched |= names
     return matched

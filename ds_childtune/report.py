@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ParameterReport:
-    """One trainable parameter."""
+    """One parameter that the optimizer steps."""
 
     name: str
     numel: int
@@ -40,7 +40,7 @@ class Report:
 
     @property
     def numel(self) -> int:
-        """Trainable elements."""
+        """Elements that the optimizer steps."""
         return sum(p.numel for p in self.parameters)
 
     @property

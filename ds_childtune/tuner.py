@@ -65,6 +65,7 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
         _zero_layout.check_layout(engine, parameters.by_name, shards)
     check_same(parsed.model_dump_json(), "child_tuning")
     check_same(repr(sorted(parameters.shapes.items())), "the model's parameter names and shapes")
+    check_same(repr(sorted(parameters.by_name)), "the parameters that the optimizer holds")
     if parsed.optimizer_state == "compact":
         _zero_depth.share_masters(engine)
     return ChildTuner(Attached(engine, parsed, parameters, eligible, shards))
@@ -139,8 +140,8 @@ class ChildTuner:
             return estimate_fisher(
                 self.engine,
                 self._parameters,
-                self._shards,
-                self._eligible,
+                self._open_shards(),
+                self._open(),
                 batches,
                 self.config.fisher,
                 loss_fn or default_loss,
@@ -151,7 +152,7 @@ class ChildTuner:
         name = self._eligible_name(name)
         values = [
             (f, total.float() / fisher.terms)
-            for shard, sums in zip(self._shards, fisher.sums, strict=True)
+            for shard, sums in zip(self._open_shards(), fisher.sums, strict=True)
             for f, total in zip(shard.eligible, sums, strict=True)
             if f.name == name
         ]
@@ -174,15 +175,17 @@ class ChildTuner:
             )
         self._check_attached()
         self._check_between_steps("select")
+        self._check_some_are_open()
         started = time.perf_counter()
         scores, terms = self._scores(batches, loss_fn)
         scored = time.perf_counter()
-        eligible = sum(self._parameters.shapes[name].numel() for name in self._eligible)
-        cut = cut_at(scores, sorted(self._eligible), eligible, self.config.reserve_p)
+        eligible = self._open()
+        numel = sum(self._parameters.shapes[name].numel() for name in eligible)
+        cut = cut_at(scores, sorted(eligible), numel, self.config.reserve_p)
         self._earlier_children |= self._policy is not None and self.step > self._selected_at
         self._selected_at = self.step
         with raising_together():  # a shard may be too large for child shards on one rank alone
-            self._policy = self._fixed_child(masks_inside(self._shards, scores, cut))
+            self._policy = self._fixed_child(self._without_frozen(masks_inside(self._open_shards(), scores, cut)))
         # The original lets weight decay move the complement: there is nothing to check then.
         self._self_check = SelfCheck() if self.config.compat is None else None
         chosen = time.perf_counter()
@@ -202,9 +205,9 @@ class ChildTuner:
         """What the selector maximises, and the terms of Fisher's mean."""
         selector = self.config.selector
         if selector == "magnitude":
-            return magnitudes(self._shards), 0
+            return magnitudes(self._open_shards()), 0
         if selector == "random":
-            return random_numbers(self._shards, self.config.seed), 0
+            return random_numbers(self._open_shards(), self.config.seed), 0
         with raising_together():
             if batches is None:
                 raise ValueError(
@@ -216,6 +219,38 @@ class ChildTuner:
         if selector == "lowest_fisher":
             reverse_order(fisher.sums)
         return fisher.sums, fisher.terms
+
+    def _open(self) -> frozenset[str]:
+        """Eligible parameters that are not frozen at the moment: a child is chosen from these, and the others are outside of it."""
+        return frozenset(name for name in self._eligible if self._parameters.by_name[name].requires_grad)
+
+    def _open_shards(self) -> tuple[FlatShard, ...]:
+        return mark_eligible(self._shards, self._open())
+
+    def _check_some_are_open(self) -> None:
+        """A collective."""
+        with raising_together():
+            if not self._open():
+                raise ValueError(
+                    f"select: expected eligible parameters that train, got {len(self._eligible)} that are all frozen."
+                    " Remedy: call requires_grad_(True) on some of them first."
+                )
+        check_same(repr(sorted(self._open())), "the eligible parameters that are not frozen")
+        frozen = sorted(self._eligible - self._open())
+        if frozen:
+            tell(
+                f"select: {len(frozen)} eligible parameters are frozen ({frozen[0]} .. {frozen[-1]}): they are outside of the child"
+                " until it is chosen again"
+            )
+
+    def _without_frozen(self, masks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The same masks, with what is frozen outside."""
+        frozen = self._eligible - self._open()
+        for shard, mask in zip(self._shards, masks, strict=True):
+            for fragment in shard.eligible:
+                if fragment.name in frozen:
+                    fragment.of(mask).fill_(False)
+            yield mask
 
     def _fixed_child(self, masks: Iterable[Tensor]) -> DenseChild | CompactChild:
         """The child that trains from here on. Elements that stay keep their state."""
@@ -312,7 +347,8 @@ class ChildTuner:
     def gather_mask(self, name: str) -> Tensor:
         """The child's mask of one parameter: bool of its full shape, True = trained, on every rank. A collective.
 
-        For ChildTuning-F, the mask that the next applied step will use. Dense parameters are True throughout, frozen ones False.
+        For ChildTuning-F, the mask that the next applied step will use. Dense parameters are True throughout, those that the
+        optimizer does not hold False.
 
         Raises:
             ValueError: on every rank, for a name that the model does not have.
@@ -346,7 +382,7 @@ class ChildTuner:
         return ((f, child.mask(s.tensor, f)) for s in self._shards for f in s.fragments)
 
     def _count(self, masks: Iterable[tuple[Fragment, Tensor]]) -> tuple[ParameterReport, ...]:
-        """Every trainable parameter. A collective."""
+        """Every parameter that the optimizer steps. A collective."""
         names = list(self._parameters.by_name)
         numels = [self._parameters.shapes[name].numel() for name in names]
         return tuple(
@@ -369,7 +405,7 @@ class ChildTuner:
     def _eligible_name(self, name: str) -> str:
         first = self._first_name(name)
         if first not in self._eligible:
-            raise ValueError(f"expected an eligible parameter, got {name!r}, which is dense or frozen.")
+            raise ValueError(f"expected an eligible parameter, got {name!r}, which is dense, or does not train.")
         return first
 
     def _eligibility(self) -> str:
@@ -379,7 +415,17 @@ class ChildTuner:
         return (
             f"{self.config.mode} attached, reserve_p {self.config.reserve_p}: {count:,} elements in {len(names)} parameters"
             f" are eligible ({names[0]} .. {names[-1]}); {len(dense)} parameters train dense"
-            f" ({', '.join(dense[:4])}{', ...' if len(dense) > 4 else ''})"
+            f" ({', '.join(dense[:4])}{', ...' if len(dense) > 4 else ''}){self._outside_the_optimizer()}"
+        )
+
+    def _outside_the_optimizer(self) -> str:
+        names = self._parameters.not_held
+        if not names:
+            return ""
+        count = sum(self._parameters.shapes[n].numel() for n in names)
+        return (
+            f"; {len(names)} trainable parameters of {count:,} elements are not in the optimizer, so they do not train"
+            f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
         )
 
     # ---------------------------------------------------------------- around the base optimizer's step
