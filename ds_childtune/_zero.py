@@ -106,6 +106,10 @@ def refuse_unsupported(engine: Engine) -> None:
             any(word in base_name for word in ("Onebit", "OnebitAdam", "ZeroOneAdam", "Muon")),
             "use AdamW, SGD or Lion",
         ),
+        f"the optimizer {base_name}, whose step does not call torch's step hooks": (
+            not _fires_hooks(base_optimizer(engine)),
+            "use the optimizer that it wraps, or call torch.optim.Optimizer.__init__ in its constructor",
+        ),
         f"the optimizer wrapper {type(wrapper).__name__}": (
             not (wrapper is base or type(wrapper) in exact),
             "use ZeRO stage 0, 1, 2 or 3 with a standard optimizer",
@@ -119,10 +123,18 @@ def refuse_unsupported(engine: Engine) -> None:
 def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
     """The optimizer that steps flat shards.
 
-    Not always `engine.basic_optimizer`: ZeRO builds a second Adagrad, whose state exists from its construction on.
+    Not always `engine.basic_optimizer`: ZeRO builds a second Adagrad, whose state exists from its construction on. Nor what that one
+    may wrap: DeepSpeed's own wrapper alone is looked into.
     """
-    base: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.basic_optimizer)
+    base: torch.optim.Optimizer = engine.basic_optimizer
+    if engine.optimizer is not base:
+        base = getattr(engine.optimizer, "optimizer", base)
     return base
+
+
+def _fires_hooks(optimizer: Any) -> bool:
+    """Whether torch's step hooks can be registered on it, and its `step` calls them."""
+    return hasattr(optimizer, "_optimizer_step_pre_hooks") and getattr(type(optimizer).step, "hooked", False)
 
 
 def read_parameters(engine: Engine) -> Parameters:

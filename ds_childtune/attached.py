@@ -11,6 +11,7 @@ from torch import Tensor
 from ds_childtune import _zero
 from ds_childtune.compact_child import CompactChild
 from ds_childtune.config import ChildTuningConfig
+from ds_childtune.optimizer_trial import Behaviour
 from ds_childtune.policies import DenseChild, TaskFreeChild
 from ds_childtune.run_record import Progress
 from ds_childtune.shards import FlatShard
@@ -29,6 +30,8 @@ class Attached:
     """Names of the parameters that the child is chosen from."""
     shards: tuple[FlatShard, ...]
     """Of this rank, with DeepSpeed's own flat shards as tensors."""
+    behaviour: Behaviour
+    """Of the base optimizer; with ChildTuning-F it is not tried."""
 
     @property
     def precision(self) -> str:

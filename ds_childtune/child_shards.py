@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ds_childtune.shards import FlatShard
-
-_TILE = 1 << 20
+from ds_childtune.tiles import tile_of
 
 
 @dataclass(frozen=True)
@@ -75,11 +74,13 @@ class ChildShard:
             index: the other child's.
             default: of the other child's size: the values of its elements that are not in this child.
         """
-        tiles = zip(index.split(_TILE), default.split(_TILE), strict=True)
+        size = tile_of(index.device)
+        tiles = zip(index.split(size), default.split(size), strict=True)
         return torch.cat([self.at(places, values, new) for places, new in tiles]) if index.numel() else default
 
 
 def put_(flat: Tensor, index: Tensor, values: Tensor) -> None:
     """flat[index] = values, in tiles, as `index_copy_` wants an int64 index twice the size of ours."""
-    for places, value in zip(index.split(_TILE), values.split(_TILE), strict=True):
+    size = tile_of(flat.device)
+    for places, value in zip(index.split(size), values.split(size), strict=True):
         flat.index_copy_(0, places.long(), value.to(flat.dtype))

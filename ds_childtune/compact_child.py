@@ -21,7 +21,7 @@ is keyed by `ChildShard.tensor`: that is all of a child's state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -64,6 +64,8 @@ class CompactChild:
     """By flat shard."""
     plumbing: DeepPlumbing | None = None
     """None at depth wrap."""
+    rest_values: Mapping[str, float] = field(default_factory=dict)
+    """What entries of the state are for an element that never had a gradient; 0 for those that are not named."""
     _stepping: list[tuple[Group, list[Tensor], list[ChildShard], list[Tensor]]] = field(default_factory=list)
     """What stood in the param groups, for the length of a step, and what stands there now, by shard and as the list itself."""
 
@@ -75,6 +77,7 @@ class CompactChild:
         optimizer: torch.optim.Optimizer,
         plumbing: DeepPlumbing | None = None,
         previous: CompactChild | None = None,
+        rest_values: Mapping[str, float] | None = None,
     ) -> CompactChild:
         """Moves the optimizer's state to child shards; what it holds outside the child is let go.
 
@@ -82,7 +85,8 @@ class CompactChild:
             masks: bool 1-D, one for each shard; True = inside the child, or not eligible.
             plumbing: for depth deep.
             previous: the child so far, which must not be used any more. Elements that stay keep their state and their master;
-                the state of those that enter begins at zero.
+                the state of those that enter begins at `rest_values`.
+            rest_values: as the field.
         """
         made: dict[Tensor, ChildShard] = {}
         if previous is None:
@@ -94,8 +98,8 @@ class CompactChild:
         for flat, mask in zip(shards, masks, strict=True):
             made[flat.tensor] = ChildShard.of(flat, mask)
             before = None if previous is None else previous.shards.pop(flat.tensor)
-            _carry(optimizer, made[flat.tensor], before)
-        child = cls(optimizer, made, plumbing)
+            _carry(optimizer, made[flat.tensor], before, rest_values or {})
+        child = cls(optimizer, made, plumbing, rest_values or {})
         if plumbing is not None:
             plumbing.install(list(made.values()))
         return child
@@ -204,13 +208,15 @@ class CompactChild:
             self.plumbing.settle(list(self.shards.values()))
 
     def release(self) -> None:
-        """Give the engine its dense flat shards back, and the optimizer its dense state, zero outside the child."""
+        """Give the engine its dense flat shards back, and the optimizer its dense state, at `rest_values` outside the child."""
         self.share_counters()
         self._make_dense()
         for flat, shard in self.shards.items():
             state = self.optimizer.state.pop(shard.tensor, None)
             if state:
-                self.optimizer.state[flat] = {key: _dense(shard, value) for key, value in state.items()}
+                self.optimizer.state[flat] = {
+                    key: _dense(shard, value, self.rest_values.get(key, 0.0)) for key, value in state.items()
+                }
 
     def discard(self) -> None:
         """Let go of the child's masters and state, for a child that is loaded in its place; nothing becomes dense.
@@ -231,12 +237,14 @@ class CompactChild:
             yield from (v for v in self.optimizer.state.get(shard.tensor, {}).values() if isinstance(v, Tensor))
 
 
-def _carry(optimizer: torch.optim.Optimizer, shard: ChildShard, before: ChildShard | None) -> None:
+def _carry(
+    optimizer: torch.optim.Optimizer, shard: ChildShard, before: ChildShard | None, rest_values: Mapping[str, float]
+) -> None:
     """Take over the optimizer's state, of the flat shard or of the child shard `before`, and the masters of the latter."""
     source = shard.flat.tensor if before is None else before.tensor
     state = optimizer.state.pop(source, None)
 
-    def taken(value: Any) -> Any:
+    def taken(key: str, value: Any) -> Any:
         if not per_element(value, source):
             return value
         index = shard.index.to(value.device)
@@ -244,19 +252,20 @@ def _carry(optimizer: torch.optim.Optimizer, shard: ChildShard, before: ChildSha
             inside = value.view(-1).index_select(0, index)
             # Moments of 16-bit masters are 16-bit; those of the child, whose masters are fp32, are not.
             return inside.to(shard.tensor.dtype) if value.dtype == source.dtype else inside
-        return before.moved(value, index, torch.zeros(index.shape, dtype=value.dtype, device=value.device))
+        rest = torch.full(index.shape, rest_values.get(key, 0.0), dtype=value.dtype, device=value.device)
+        return before.moved(value, index, rest)
 
     if state:
-        optimizer.state[shard.tensor] = {key: taken(value) for key, value in state.items()}
+        optimizer.state[shard.tensor] = {key: taken(key, value) for key, value in state.items()}
     if before is not None and shard.flat.tensor.dtype != shard.tensor.dtype:
         shard.tensor.copy_(before.moved(before.tensor, shard.index, shard.tensor))
 
 
-def _dense(shard: ChildShard, value: Any) -> Any:
-    """An entry of a child shard's state as the flat shard's, zero outside the child."""
+def _dense(shard: ChildShard, value: Any, rest_value: float) -> Any:
+    """An entry of a child shard's state as the flat shard's, `rest_value` outside the child."""
     if not per_element(value, shard.tensor):
         return value
     dtype = shard.flat.tensor.dtype if value.dtype == shard.tensor.dtype else value.dtype
-    whole = torch.zeros(shard.flat.numel, dtype=dtype, device=value.device)
+    whole = torch.full((shard.flat.numel,), rest_value, dtype=dtype, device=value.device)
     put_(whole, shard.index.to(value.device), value)
     return whole.view(shard.flat.tensor.shape)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ds_childtune.masks import ShardKernel, base_keys, bernoulli_mask, keep_limit, shard_kernel, split_blocks, step_keys
+from ds_childtune.optimizer_state import per_element
+from ds_childtune.optimizer_trial import Behaviour
 from ds_childtune.shards import FlatShard, Fragment
-from ds_childtune.weight_decay import decay_gradient_, decay_style, decay_weights_, moves_without_gradient
+from ds_childtune.weight_decay import decay_gradient_, decay_weights_
 
 Group = dict[str, Any]
 """One of a torch optimizer's `param_groups`."""
@@ -63,6 +65,7 @@ class DenseChild:
     """ChildTuning-D with moments for every element: g <- 0 outside the child, and decay inside it alone.
 
     See [Note: decay inside the child]. Stale moments are cleared when the child is chosen, so that nothing outside it moves.
+    Where that is not enough - see [Note: trying an optimizer] - what is outside the child is put back after each step.
     """
 
     def __init__(
@@ -70,14 +73,26 @@ class DenseChild:
         shards: Sequence[FlatShard],
         masks: Iterable[Tensor],
         optimizer: torch.optim.Optimizer,
+        behaviour: Behaviour,
         *,
         decay_outside: bool,
     ) -> None:
         """
         Args:
             masks: bool 1-D, one for each shard; True = inside the child, or not eligible.
+            behaviour: the optimizer's.
             decay_outside: leave weight decay to the base optimizer, which moves every element (`compat: "original"`).
+
+        Raises:
+            NotImplementedError: for an optimizer that keeps copies of weights in its state, once it has any.
         """
+        if behaviour.keeps_weights and any(optimizer.state.get(s.tensor) for s in shards):
+            raise NotImplementedError(
+                f"select: {behaviour.name} keeps copies of weights in its state. Expected none of them before a child is chosen,"
+                " got those of earlier steps, which outside the child would go on acting. Remedy: attach and select before the"
+                " first step, or use AdamW, SGD or Lion."
+            )
+        self._behaviour = behaviour
         self._decay_outside = decay_outside
         self._frozen: dict[Tensor, Tensor | None] = {}
         """By flat shard: bool 1-D, True = outside the child; None where the whole shard is inside."""
@@ -86,14 +101,16 @@ class DenseChild:
             self._clear_state(optimizer, shard.tensor)
         self._restore: list[_Restore] = []
         self._still: list[tuple[FlatShard, Tensor, Tensor]] = []
-        """Flat shard, what is frozen, its weights before the step: for optimizers that move at a gradient of zero."""
+        """Flat shard, what is frozen, its weights before the step: where the optimizer moves those."""
 
     def before_step(
         self, optimizer: torch.optim.Optimizer, group: Group, shards: Sequence[FlatShard], step: int
     ) -> None:
         if all(self._frozen[s.tensor] is None for s in shards):
             return
-        style = "none" if self._decay_outside else decay_style(optimizer, group)
+        decays = bool(group.get("weight_decay")) and not self._decay_outside
+        style = self._behaviour.decay if decays else "none"
+        puts_back = not self._decay_outside and (self._behaviour.moves_outside or style == "other")
         for shard in shards:
             grad = shard.flat_grad()
             if grad is None:
@@ -105,9 +122,9 @@ class DenseChild:
                 decay_gradient_(grad, shard.flat(), group)
             if frozen is not None:
                 grad.masked_fill_(frozen, 0.0)
-                if moves_without_gradient(optimizer) and not self._decay_outside:
+                if puts_back:
                     self._still.append((shard, frozen, shard.flat().clone()))
-        if style != "none":
+        if style in ("decoupled", "l2"):
             self._restore.append(_Restore(group, group["weight_decay"]))
             group["weight_decay"] = 0.0
 
@@ -149,8 +166,9 @@ class DenseChild:
         """Nothing to give back: the base optimizer's state is dense."""
 
     def _clear_state(self, optimizer: torch.optim.Optimizer, tensor: Tensor) -> None:
-        frozen = self._frozen[tensor]
-        if frozen is not None:
-            for value in optimizer.state.get(tensor, {}).values():
-                if isinstance(value, Tensor) and value.shape == tensor.shape:
-                    value.view(-1).masked_fill_(frozen.to(value.device), 0)
+        frozen, values = self._frozen[tensor], self._behaviour.rest_values
+        if frozen is None or values is None:
+            return
+        for key, value in optimizer.state.get(tensor, {}).items():
+            if per_element(value, tensor):
+                value.view(-1).masked_fill_(frozen.to(value.device), values.get(key, 0.0))

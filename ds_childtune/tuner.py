@@ -26,12 +26,12 @@ from ds_childtune.config import ChildTuningConfig, parse_config
 from ds_childtune.eligible import eligible_names
 from ds_childtune.fisher import Fisher
 from ds_childtune.gathering import count_kept, gather
+from ds_childtune.optimizer_check import put_back, tried
 from ds_childtune.policies import DenseChild, TaskFreeChild
 from ds_childtune.report import ParameterReport, Report
 from ds_childtune.run_record import Progress
-from ds_childtune.self_check import SelfCheck, judge
+from ds_childtune.self_check import SelfCheck
 from ds_childtune.shards import FlatShard, Fragment, mark_eligible
-from ds_childtune.weight_decay import decay_style
 
 
 def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = None) -> ChildTuner:
@@ -59,16 +59,14 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
         if parsed.clip == "child":
             _zero_clip.refuse_unsupported(engine)
         _zero_depth.refuse_lean(engine, compact=parsed.optimizer_state == "compact", clip=parsed.clip)
-        if parsed.mode == "ChildTuning-D" and parsed.compat is None and parsed.optimizer_state == "dense":
-            for group in _zero.base_optimizer(engine).param_groups:
-                decay_style(_zero.base_optimizer(engine), group)
         _zero_layout.check_layout(engine, parameters.by_name, shards)
+        behaviour = tried(_zero.base_optimizer(engine), shards, parsed)
     check_same(parsed.model_dump_json(), "child_tuning")
     check_same(repr(sorted(parameters.shapes.items())), "the model's parameter names and shapes")
     check_same(repr(sorted(parameters.by_name)), "the parameters that the optimizer holds")
     if parsed.optimizer_state == "compact":
         _zero_depth.share_masters(engine)
-    return ChildTuner(Attached(engine, parsed, parameters, eligible, shards))
+    return ChildTuner(Attached(engine, parsed, parameters, eligible, shards, behaviour))
 
 
 class ChildTuner:
@@ -92,6 +90,7 @@ class ChildTuner:
         self.config = config = attached.config
         self._parameters = attached.parameters
         self._eligible = attached.eligible
+        self._behaviour = attached.behaviour
         self._shards = shards = attached.shards
         self.step = 0
         self._shard_of = {s.tensor: s for s in shards}
@@ -118,6 +117,9 @@ class ChildTuner:
         self._handles.append(Checkpoints(attached, read=self._state, resume=self._resume))
         engine.child_tuner = self
         tell(self._eligibility())
+        decays = any(group.get("weight_decay") for group in base.param_groups)
+        if (told := put_back(attached.behaviour, config, decays)) is not None:
+            tell(told)
 
     # ---------------------------------------------------------------- ChildTuning-D
 
@@ -261,11 +263,13 @@ class ChildTuner:
             depth = _zero_depth.Depth.of(self.engine, self.config.clip)
             tell(f'optimizer_state "compact" is at depth {depth.reason}')
             previous = self._policy if isinstance(self._policy, CompactChild) else None
-            child = CompactChild.of(self._shards, masks, base, depth.plumbing, previous)
+            rest_values = self._behaviour.rest_values
+            child = CompactChild.of(self._shards, masks, base, depth.plumbing, previous, rest_values)
             self._shard_of = child.shard_of()
             self._reads = _zero_reads.redirect(self.engine, child)
         else:
-            child = DenseChild(self._shards, masks, base, decay_outside=self.config.compat == "original")
+            original = self.config.compat == "original"
+            child = DenseChild(self._shards, masks, base, self._behaviour, decay_outside=original)
         if self.config.clip == "child" and not (isinstance(child, CompactChild) and child.norm_is_child):
             self._norm = _zero_clip.NormOfChild(self.engine, self._shards, self._parameters.by_name, child)
         return child
@@ -438,15 +442,20 @@ class ChildTuner:
             shards = [self._known(tensor) for tensor in group["params"] if self._is_stepped(tensor)]
             if shards:
                 policy.before_step(optimizer, group, shards, self.step)
-            if self._self_check is not None and isinstance(policy, (DenseChild, CompactChild)):
+            if (
+                self._self_check is not None
+                and self._self_check.looks
+                and isinstance(policy, (DenseChild, CompactChild))
+            ):
                 for shard in shards:
                     self._self_check.before_step(shard, policy)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         policy = self._chosen_policy()
         policy.after_step()
-        if self._self_check is not None:
-            self._self_check.after_step(max(float(group["lr"]) for group in optimizer.param_groups))
+        if self._self_check is not None and self._self_check.looks:
+            # Adafactor may have none of its own.
+            self._self_check.after_step(max(float(group["lr"] or 0) for group in optimizer.param_groups))
         tensors = (tensor for group in optimizer.param_groups for tensor in group["params"])
         self._stepped.update(tensor for tensor in tensors if self._is_stepped(tensor))
         if len(self._stepped) == len(self._shards):
@@ -455,12 +464,16 @@ class ChildTuner:
             self._judge()
 
     def _judge(self) -> None:
-        """End the self-check when it has passed. A collective, in the first applied steps alone."""
-        if self._self_check is None:
+        """Go on with the self-check, or end it. A collective in the few applied steps that are looked at."""
+        check = self._self_check
+        if check is None:
             return
-        verdict = self._self_check.verdict(device())
-        sum_over_ranks(verdict)
-        self._self_check = None if judge(verdict.tolist()) else SelfCheck()
+        if check.looks:
+            verdict = check.verdict(device())
+            sum_over_ranks(verdict)
+            if check.judge(verdict.tolist()):
+                self._self_check = None
+        check.count_step()
 
     def _is_stepped(self, tensor: Tensor) -> bool:
         """Without ZeRO the base optimizer may hold parameters that are frozen, which no flat shard has and no step moves."""

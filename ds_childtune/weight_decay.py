@@ -7,6 +7,9 @@ order and formula but to the child alone, and the group's `weight_decay` is zero
 
     decoupled (AdamW, Lion)       w <- (1 - lr * weight_decay) * w       before the update
     L2 (SGD, Adam, Adagrad, ...)  g <- g + weight_decay * w              before the mask
+
+Which of them it is, is found out by trying: see [Note: trying an optimizer]. Another optimizer decays everything by itself, and what
+is outside the child is put back after the step.
 """
 
 from __future__ import annotations
@@ -16,43 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-_TILE = 1 << 20
+from ds_childtune.tiles import tile_of
 
-_DECOUPLED = {"AdamW", "NAdamW", "FusedLion", "DeepSpeedCPULion", "Lion"}
-_L2 = {"Adam", "SGD", "Adagrad", "RMSprop", "Adamax", "NAdam", "RAdam", "DeepSpeedCPUAdagrad", "Adadelta", "ASGD"}
-
-
-def decay_style(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Literal["none", "decoupled", "l2"]:
-    """How `optimizer` decays the weights of `group`.
-
-    Raises:
-        NotImplementedError: for an optimizer whose formula is not known here.
-    """
-    if not group.get("weight_decay"):
-        return "none"
-    if "decoupled_weight_decay" in group:
-        return "decoupled" if group["decoupled_weight_decay"] else "l2"
-    name = type(optimizer).__name__
-    if name in ("FusedAdam", "DeepSpeedCPUAdam"):
-        # FusedAdam keeps an int that is 1 for AdamW; DeepSpeedCPUAdam a bool.
-        return "decoupled" if getattr(optimizer, "adam_w_mode", True) else "l2"
-    for cls in type(optimizer).__mro__:
-        if cls.__name__ in _DECOUPLED:
-            return "decoupled"
-        if cls.__name__ in _L2:
-            return "l2"
-    raise NotImplementedError(
-        f"ds_childtune does not know how {name} applies weight_decay {group['weight_decay']}, and cannot keep it inside the"
-        ' child. Remedy: set weight_decay to 0, or child_tuning.compat to "original" to let it act everywhere.'
-    )
-
-
-def moves_without_gradient(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a weight may move though its gradient and moments are zero.
-
-    DeepSpeed's CPU kernel of Lion takes the sign of zero for +1, so that every element moves by the learning rate.
-    """
-    return type(optimizer).__name__ == "DeepSpeedCPULion"
+Decay = Literal["none", "decoupled", "l2", "other"]
+"""How an optimizer decays weights; "none": not at all, whatever its group says."""
 
 
 def decay_weights_(weights: Tensor, frozen: Tensor | None, factor: float) -> None:
@@ -65,7 +35,8 @@ def decay_weights_(weights: Tensor, frozen: Tensor | None, factor: float) -> Non
     if frozen is None:
         weights.mul_(factor)
         return
-    for tile, outside in zip(weights.split(_TILE), frozen.split(_TILE), strict=True):
+    size = tile_of(weights.device)
+    for tile, outside in zip(weights.split(size), frozen.split(size), strict=True):
         tile.copy_(torch.where(outside, tile, tile * factor))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,8 @@ class Setup:
     no_decay: tuple[str, ...] = ()
     """Parameters whose names contain one of these form a second group, without weight decay."""
     optimizer: Optimizer = Optimizer()
+    client: Callable[[list[Any]], torch.optim.Optimizer] | None = None
+    """Makes an optimizer that DeepSpeed is given, in place of `optimizer`."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,6 +103,8 @@ class Setup:
             "optimizer": {"type": self.optimizer.type, "params": self.optimizer.params},
             "steps_per_print": None,
         }
+        if self.client is not None:
+            del config["optimizer"]
         if self.bf16_masters:
             config["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
         if self.fp32_accumulation:
@@ -119,7 +123,8 @@ def engine_of(setup: Setup, **extra: Any) -> Iterator[Any]:
     model = _build(setup, config)
     parameters = _groups(setup, model) if setup.no_decay else [p for p in model.parameters() if p.requires_grad]
     with ds_childtune.lean_start() if setup.lean else contextlib.nullcontext():
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
+        client = None if setup.client is None else setup.client(parameters)
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config, optimizer=client)
     try:
         yield engine
     finally:

@@ -398,39 +398,3 @@ def test_no_optimizer(pool: RankPool) -> None:
     for text in pool[2].run(attach_to_an_engine_without_an_optimizer):
         assert "no optimizer" in text
         assert "Remedy" in text
-
-
-def attach_an_unknown_optimizer(block: dict[str, Any]) -> str:
-    """An optimizer outside every table of weight decay formulas."""
-
-    class Unknown(torch.optim.Optimizer):
-        def __init__(self, params: Any) -> None:
-            super().__init__(params, {"lr": 1e-2, "weight_decay": 0.1})
-
-        def step(self, closure: Any = None) -> None:
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        p.data -= group["lr"] * p.grad
-
-    model = build("odd")
-    optimizer = Unknown([p for p in model.parameters() if p.requires_grad])
-    config = ODD.config()
-    del config["optimizer"]
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    try:
-        ds_childtune.attach(engine, block)
-    except NotImplementedError as error:
-        return str(error)
-    finally:
-        engine.destroy()
-    return "no error"
-
-
-def test_an_optimizer_whose_weight_decay_is_unknown(pool: RankPool) -> None:
-    for text in pool[2].run(attach_an_unknown_optimizer, CHILD_D):
-        assert "Unknown" in text
-        assert "weight_decay" in text
-        assert "Remedy" in text
-    for block in (CHILD_F, {**CHILD_D, "compat": "original"}):
-        assert pool[2].run(attach_an_unknown_optimizer, block) == ["no error"] * 2

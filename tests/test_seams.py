@@ -36,6 +36,7 @@ ENGINE = (
     "_unmanaged_backward_count",
     "autotp_size()",
     "backward()",
+    "basic_optimizer._optimizer_step_pre_hooks",
     "basic_optimizer.param_groups",
     "basic_optimizer.register_step_post_hook()",
     "basic_optimizer.register_step_pre_hook()",
@@ -323,6 +324,11 @@ def test_functions_have_the_parameters_that_are_passed() -> None:
             assert name in parameters, f"{function.__qualname__}: expected a parameter {name!r}, has {list(parameters)}"
 
 
+def test_torch_marks_a_step_that_calls_hooks() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    assert type(optimizer).step.hooked  # type: ignore[attr-defined]
+
+
 def hooks_and_groups(stage: int) -> tuple[int, int, bool]:
     """How often the step hook fires in one step; flat shards that it sees; whether all of them had a gradient."""
     with engine_of(Setup("odd", stage=stage, sub_group_size=20)) as engine:
@@ -355,6 +361,8 @@ PURE = (
     "eligible",
     "shards",
     "optimizer_state",
+    "optimizer_trial",
+    "tiles",
     "masks",
     "mask_triton",
     "fisher",

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ds_childtune import masks
 from ds_childtune.child_shards import ChildShard
 from ds_childtune.compact_child import CompactChild
+from ds_childtune.optimizer_trial import behaviour_of
 from ds_childtune.policies import DenseChild
 from ds_childtune.shards import FlatShard, Fragment, mark_eligible
 
@@ -59,7 +60,8 @@ def test_a_child_shard_holds_the_masked_elements_of_fragments(case: tuple[FlatSh
 def test_both_ways_of_training_a_child_have_its_mask(case: tuple[FlatShard, torch.Tensor]) -> None:
     shard, mask = case
     compact = CompactChild.of([shard], [mask], base_optimizer(shard))
-    dense = DenseChild([shard], [mask], base_optimizer(shard), decay_outside=False)
+    behaviour = behaviour_of(base_optimizer(shard), [shard.tensor], compact=False)
+    dense = DenseChild([shard], [mask], base_optimizer(shard), behaviour, decay_outside=False)
     for fragment in shard.fragments:
         for child in (compact, dense):
             assert torch.equal(child.mask(shard.tensor, fragment), fragment.of(mask))
