@@ -132,6 +132,17 @@ def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
     return base
 
 
+def empty_param_groups(engine: Engine) -> None:
+    """Leave the base optimizer's param groups as ZeRO-3 leaves them after each step: empty.
+
+    Those of the Adagrad that it builds are full before the first one. A state dict would then have every flat shard twice, and
+    none that is loaded would fit.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        optimizer._clear_fp32_optimizer_param_groups()
+
+
 def _fires_hooks(optimizer: Any) -> bool:
     """Whether torch's step hooks can be registered on it, and its `step` calls them."""
     return hasattr(optimizer, "_optimizer_step_pre_hooks") and getattr(type(optimizer).step, "hooked", False)

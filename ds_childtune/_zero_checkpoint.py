@@ -96,6 +96,23 @@ def _keeping_errors(*places: tuple[Any, str, Any]) -> Iterator[list[Exception]]:
 
 
 @contextmanager
+def without_empty_states(engine: Engine) -> Iterator[None]:
+    """State dicts that the base optimizer is given have no entry for a tensor without state.
+
+    DeepSpeed makes such entries when it looks a flat shard up, whose state is a compact child's; Adagrad looks for a counter in them.
+    """
+
+    def pruned(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {**state_dict, "state": {key: state for key, state in state_dict["state"].items() if state}}
+
+    handle = _zero.base_optimizer(engine).register_load_state_dict_pre_hook(pruned)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def dense_masters(engine: Engine, shards: Sequence[FlatShard]) -> Iterator[None]:
     """Let ZeRO's state dict hold flat shards, also where a compact child's own shards stand in their place.
 

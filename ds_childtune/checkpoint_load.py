@@ -59,7 +59,8 @@ class CheckpointLoader:
         weights_alone = load_module_only or not load_optimizer_states
 
         def load_as_deepspeed_does() -> tuple[str | None, Any]:
-            with _zero_checkpoint.keeping_load_errors(self._attached.engine) as errors:
+            engine = self._attached.engine
+            with _zero_checkpoint.keeping_load_errors(engine) as errors, _zero_checkpoint.without_empty_states(engine):
                 loaded = self._load(
                     load_dir,
                     name,

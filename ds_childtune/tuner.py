@@ -64,6 +64,7 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
     check_same(parsed.model_dump_json(), "child_tuning")
     check_same(repr(sorted(parameters.shapes.items())), "the model's parameter names and shapes")
     check_same(repr(sorted(parameters.by_name)), "the parameters that the optimizer holds")
+    _zero.empty_param_groups(engine)
     if parsed.optimizer_state == "compact":
         _zero_depth.share_masters(engine)
     return ChildTuner(Attached(engine, parsed, parameters, eligible, shards, behaviour))

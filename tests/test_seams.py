@@ -157,6 +157,7 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
             "get_param_id()",
             "clip_grad",
             "_get_param_partition_rank()",
+            "_clear_fp32_optimizer_param_groups()",
             "grad_partitions_flat_buffer",
             "micro_step_id",
             "_global_grad_norm",
