@@ -48,12 +48,12 @@ def _inspect(
     opened = open_child(child)
     manifest = opened.manifest
     numel = sum(p.numel for p in manifest.parameters)
-    kept = sum(opened.kept(name) for name in opened.places)
+    kept = sum(opened.kept(name) for name in opened.stored)
     size = sum(file.bytes for file in manifest.files)
     facts = {
         "kind": f"{manifest.kind}, format version {manifest.version}, by ds_childtune {manifest.library}",
         "config": ", ".join(f"{k} {v}" for k, v in manifest.config.items() if k in ("mode", "reserve_p", "selector")),
-        "elements": f"{kept:,} stored of {numel:,} ({kept / max(numel, 1):.1%}) in {len(opened.places)} parameters",
+        "elements": f"{kept:,} stored of {numel:,} ({kept / max(numel, 1):.1%}) in {len(opened.stored)} parameters",
         "files": f"{len(manifest.files)}, {size:,} bytes, checksums are right",
     }
     if manifest.kind == KIND:

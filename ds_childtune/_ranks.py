@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from deepspeed import comm as dist
@@ -33,6 +33,33 @@ def gather_objects(value: T) -> list[T]:
     values: list[T] = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def from_first(find: Callable[[], T]) -> T:
+    """What rank 0 finds, on every rank: for whatever is decided by looking at a file system, which may show ranks different things.
+
+    A collective; raises on every rank what `find` raises on rank 0.
+    """
+    values: list[Any] = [None]
+    with raising_together():
+        if dist.get_rank() == 0:
+            values = [find()]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]  # type: ignore[no-any-return]
+
+
+def true_on_all(flag: bool) -> bool:
+    """Whether `flag` is True on every rank. A collective."""
+    wrong = torch.tensor([not flag], dtype=torch.int64, device=device())
+    dist.all_reduce(wrong)
+    return int(wrong) == 0
+
+
+def largest_of_ranks(tensor: Tensor) -> Tensor:
+    """int64 on the CPU: the largest value of any rank, element by element. A collective."""
+    values = tensor.to(device())
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values.cpu()
 
 
 def tell(text: str) -> None:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ds_childtune import _zero
@@ -117,7 +118,8 @@ def dense_masters(engine: Engine, shards: Sequence[FlatShard]) -> Iterator[None]
     """Let ZeRO's state dict hold flat shards, also where a compact child's own shards stand in their place.
 
     There the masters outside the child are the 16-bit weights, see [Note: ZeRO-3 on child shards]. They are views of larger buffers,
-    which would be saved with them, so copies stand in for them, in the base optimizer's state, too.
+    which would be saved with them, so copies stand in for them, in the base optimizer's state, too. Those are on the host: the device
+    may have no room for them.
     """
     optimizer = engine.optimizer
     lists = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
@@ -143,8 +145,10 @@ def dense_masters(engine: Engine, shards: Sequence[FlatShard]) -> Iterator[None]
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy of it when its storage holds more."""
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.detach().clone()
+    """`tensor`, or a copy of it on the host when its storage holds more."""
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
 
 
 def saved_shards(engine: Engine, shards: Sequence[FlatShard], rank: int) -> tuple[SavedShard, ...]:

@@ -157,7 +157,7 @@ def _load_buffers_and_frozen(engine: Engine, run: SavedRun, layout: Layout, para
     named = dict(engine.module.named_parameters())
     for name in parameters.shapes.keys() - parameters.by_name.keys():
         param, shape = named[name], parameters.shapes[name]
-        mine = _local_part(param, shape.numel())
+        mine = local_part(param, shape.numel())
         start, end = mine
         values = _weights_of(run, layout, Fragment(name, start, 0, end - start), shape)
         if values is None:
@@ -166,7 +166,7 @@ def _load_buffers_and_frozen(engine: Engine, run: SavedRun, layout: Layout, para
         target.data.view(-1)[: end - start].copy_(values)
 
 
-def _local_part(param: Any, numel: int) -> tuple[int, int]:
+def local_part(param: Any, numel: int) -> tuple[int, int]:
     """First element and last + 1 of a parameter that this rank has: its partition, or all."""
     if not hasattr(param, "ds_tensor"):
         return 0, numel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ class Resumed:
     """What a ChildTuner is to become."""
 
     progress: Progress
-    masks: list[Tensor] | None
+    masks: Iterable[Tensor] | None
     """bool 1-D, one for each flat shard, True = inside the child or not eligible; None: nothing was chosen, or ChildTuning-F."""
 
     another_follows: bool = False

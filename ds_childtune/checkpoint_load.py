@@ -8,16 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed import comm as dist
-from torch import Tensor
 
 from ds_childtune import _zero_checkpoint, _zero_elastic, _zero_lean, tag_folder
-from ds_childtune._ranks import check_same, gather_objects, raise_together, raising_together, tell
+from ds_childtune._ranks import check_same, from_first, raise_together, raising_together, tell, true_on_all
 from ds_childtune._zero_files import ZERO_3, SavedRun
 from ds_childtune.attached import Attached, ReadState, Resume, Resumed
-from ds_childtune.child_checkpoint import KIND, check_config, check_model, check_shapes, read_compact, read_masks
+from ds_childtune.child_checkpoint import (
+    KIND,
+    SavedMasks,
+    check_config,
+    check_model,
+    check_shapes,
+    read_compact,
+    read_masks,
+)
 from ds_childtune.child_format import ChildFileError
-from ds_childtune.child_reader import Child, open_child
+from ds_childtune.child_reader import Child, open_child, read_manifest
 from ds_childtune.compact_child import CompactChild
+from ds_childtune.holders import Run, ranks_with
 from ds_childtune.layout import Layout
 from ds_childtune.random_states import write_random_states
 from ds_childtune.rank_file import read_layout, read_states
@@ -55,7 +63,8 @@ class CheckpointLoader:
             ChildFileError: on every rank, for a checkpoint that is damaged, or of another model; a ValueError.
             ValueError: on every rank, when the config asks for another child.
         """
-        folder, name = Path(load_dir), self._tag(Path(load_dir), tag)
+        folder = Path(load_dir)
+        name, carried = self._tag(folder, tag)
         weights_alone = load_module_only or not load_optimizer_states
 
         def load_as_deepspeed_does() -> tuple[str | None, Any]:
@@ -73,10 +82,12 @@ class CheckpointLoader:
             raise_together(errors[0] if errors else None)
             return loaded  # type: ignore[no-any-return]
 
-        carried = name is not None and (folder / name / tag_folder.CHILD).is_dir()
+        if name is None:
+            tell(f"ds_childtune: {load_dir} names no checkpoint as its latest: nothing is loaded")
+            return None, None
         if weights_alone or not carried:
             self._check_no_fixed_child(load_dir, weights_alone)
-            if name is not None and carried and custom_load_fn is None:
+            if carried and custom_load_fn is None:
                 loaded = self._load_weights(
                     folder, name, load_module_strict, load_module_only, load_lr_scheduler_states, load_as_deepspeed_does
                 )
@@ -84,14 +95,13 @@ class CheckpointLoader:
                 with raising_together():
                     self._check_that_deepspeed_loads(folder, name, weights_alone, load_module_only)
                 tell(f"ds_childtune: {load_dir} {name}: loading DeepSpeed's part alone, without a child")
-                if name is not None and not weights_alone:
+                if not weights_alone:
                     # Masters and moments of the checkpoint want shards of their own dtype to lie in, not views of 16-bit weights.
                     _zero_lean.settle(self._attached.engine.optimizer)
                 loaded = load_as_deepspeed_does()
             self._resume(Resumed(self._read().progress, None))
             return loaded
 
-        assert name is not None
         child, record = self._opened(folder, name)
         with raising_together():
             check_config(child, self._attached.config)
@@ -100,7 +110,7 @@ class CheckpointLoader:
         mine = _zero_checkpoint.saved_shards(self._attached.engine, self._attached.shards, dist.get_rank())
         here = folder / name
         same_shape = self._is_same_shape(child, record, mine)
-        masks: list[Tensor] | None = None
+        masks: SavedMasks | None = None
         with self._without_child(record):
             if same_shape:
                 path, client_state = load_as_deepspeed_does()
@@ -137,21 +147,28 @@ class CheckpointLoader:
                 before.plumbing.settle(list(before.shards.values()))
             raise
 
-    def _tag(self, load_dir: Path, tag: object) -> str | None:
-        """The tag to load: `tag`, or the one that `latest` names; None when there is none."""
+    def _tag(self, load_dir: Path, tag: object) -> tuple[str | None, bool]:
+        """The tag to load: `tag`, or the one that `latest` names; None when there is none. And whether it has a child.
+
+        Rank 0 looks: with stale metadata of a network file system, others may not see what it sees.
+        """
         with raising_together():
-            name = tag_folder.read_latest(load_dir) if tag is None else tag_folder.checked_tag(tag)
-            if name is not None and dist.get_rank() == 0:
-                tag_folder.recover(load_dir, name)
-            whole = list(tag_folder.tags(load_dir))
-        check_same(f"{load_dir}/{name}", "load_checkpoint's load_dir and tag")
-        with raising_together():
-            if name is not None and not (load_dir / name).is_dir():
+            asked = None if tag is None else tag_folder.checked_tag(tag)
+        check_same(f"{load_dir}/{asked}", "load_checkpoint's load_dir and tag")
+
+        def found() -> tuple[str | None, bool]:
+            name = tag_folder.read_latest(load_dir) if asked is None else asked
+            if name is None:
+                return None, False
+            tag_folder.recover(load_dir, name)
+            if not (load_dir / name).is_dir():
                 raise ChildFileError(
                     f"load_checkpoint: expected a folder {load_dir / name}, got none. Remedy: pass the tag of a checkpoint"
-                    f" that is there; the last ones are {', '.join(whole[:3]) or 'none'}."
+                    f" that is there; the last ones are {', '.join(list(tag_folder.tags(load_dir))[:3]) or 'none'}."
                 )
-        return name
+            return name, (load_dir / name / tag_folder.CHILD).is_dir()
+
+        return from_first(found)
 
     def _check_no_fixed_child(self, load_dir: str, weights_alone: bool) -> None:
         with raising_together():
@@ -165,19 +182,21 @@ class CheckpointLoader:
     def _opened(self, folder: Path, name: str) -> tuple[Child, RunRecord]:
         """The child's files and the record, once they are known to be whole and of this run's kind."""
         here = folder / name
-        with raising_together():
-            try:
-                child = open_child(here / tag_folder.CHILD, kind=KIND, checksums=False)
+        try:
+            # One rank's view of the manifest, for all: what it says decides which collectives follow.
+            manifest = from_first(lambda: read_manifest(here / tag_folder.CHILD))
+            with raising_together():
+                child = open_child(here / tag_folder.CHILD, kind=KIND, checksums=False, manifest=manifest)
                 record = RunRecord.of(child)
                 rank, ranks = dist.get_rank(), dist.get_world_size()
                 child.check_contents(rank, ranks)
                 record.check_files(here, rank, ranks)
-            except ChildFileError as error:
-                others = [tag for tag in tag_folder.tags(folder) if tag != name]
-                raise ChildFileError(
-                    f"load_checkpoint: {here} is not whole: {error} Other checkpoints here, newest first:"
-                    f" {', '.join(others[:3]) or 'none'}; load one with tag=."
-                ) from error
+        except ValueError as error:
+            others = from_first(lambda: [tag for tag in tag_folder.tags(folder) if tag != name])
+            raise ChildFileError(
+                f"load_checkpoint: {here} is not whole: {error} Other checkpoints here, newest first:"
+                f" {', '.join(others[:3]) or 'none'}; load one with tag=."
+            ) from error
         return child, record
 
     def _load_weights(
@@ -212,11 +231,9 @@ class CheckpointLoader:
         )
         return str(folder / name), client_state
 
-    def _check_that_deepspeed_loads(
-        self, folder: Path, name: str | None, weights_alone: bool, module_only: bool
-    ) -> None:
+    def _check_that_deepspeed_loads(self, folder: Path, name: str, weights_alone: bool, module_only: bool) -> None:
         """Raise NotImplementedError where plain DeepSpeed would load nothing, or something else, without a word."""
-        if name is None or not weights_alone or _zero_checkpoint.kind_of(self._attached.engine) != ZERO_3:
+        if not weights_alone or _zero_checkpoint.kind_of(self._attached.engine) != ZERO_3:
             return
         if module_only:
             raise NotImplementedError(
@@ -232,10 +249,35 @@ class CheckpointLoader:
             )
 
     def _saved_run(self, here: Path, child: Child, record: RunRecord) -> tuple[SavedRun, Layout]:
-        layout = Layout(shard for file in record.ranks for shard in read_layout(child.folder / file.name))
+        """DeepSpeed's files, and where in them this rank's elements lie: of the ranks that have some of those."""
+        ranks = self._ranks_with_mine(child, record)
+        layout = Layout(s for rank in ranks for s in read_layout(child.folder / record.ranks[rank].name))
         return SavedRun(
             here, record.optimizer, {(file.what, file.rank): file.name for file in record.deepspeed}
         ), layout
+
+    def _ranks_with_mine(self, child: Child, record: RunRecord) -> list[int]:
+        holders = child.manifest.holders
+        if holders is None:
+            return list(range(record.world_size))
+        ranks = ranks_with(holders, {p.name: p.numel for p in child.manifest.parameters}, self._mine())
+        if max(ranks, default=0) >= record.world_size:
+            raise ChildFileError(
+                f"{child.folder}: expected holders below rank {record.world_size}, got rank {max(ranks)}."
+                " Remedy: use another checkpoint, or an undamaged copy."
+            )
+        return ranks
+
+    def _mine(self) -> Iterator[Run]:
+        """The elements that this rank will load: those of its flat shards, and of frozen parameters, which may have trained before."""
+        for shard in self._attached.shards:
+            for fragment in shard.fragments:
+                yield Run(fragment.name, fragment.param_start, fragment.param_start + fragment.numel)
+        for name, shape in self._attached.parameters.shapes.items():
+            if name not in self._attached.parameters.by_name:
+                yield Run(
+                    name, *_zero_elastic.local_part(self._attached.engine.module.get_parameter(name), shape.numel())
+                )
 
     def _check_precision(self, record: RunRecord, here: Path) -> None:
         precision = self._attached.precision
@@ -252,7 +294,7 @@ class CheckpointLoader:
         same = same and record.optimizer == _zero_checkpoint.kind_of(self._attached.engine)
         with raising_together():
             same = same and read_layout(child.folder / record.ranks[rank].name) == tuple(mine)
-        return all(gather_objects(same))
+        return true_on_all(same)
 
     def _load_elsewhere(
         self, here: Path, child: Child, record: RunRecord, mine: Sequence[Any], load_lr_scheduler_states: bool

@@ -20,6 +20,8 @@ from ds_childtune.child_format import FileEntry, Manifest, sealed
 from ds_childtune.child_writer import commit, write_pieces
 from ds_childtune.compact_child import CompactChild
 from ds_childtune.durable import explained, new_folder, sync_folder
+from ds_childtune.gathering import gather_holders
+from ds_childtune.holders import Holders
 from ds_childtune.optimizer_state import share_counters
 from ds_childtune.policies import DenseChild
 from ds_childtune.random_states import read_random_states
@@ -118,6 +120,10 @@ class CheckpointSaver:
             except Exception as error:
                 errors.append(error)
         raise_together(_explained(errors[0], folder / partial) if errors else None)
+        holders = gather_holders(
+            {name: shape.numel() for name, shape in self._attached.parameters.shapes.items()},
+            [(f.name, f.param_start, f.numel) for s in self._attached.shards for f in s.fragments if f.counted],
+        )
         keys = {k: v for found in gather_objects(moment_keys(state.policy)) for k, v in found.items()}
         with raising_together():
             own = folder / partial / tag_folder.CHILD
@@ -135,7 +141,7 @@ class CheckpointSaver:
         everyone = gather_objects(_Written(tuple(files), rank_file, entry))
         with raising_together():
             if rank == 0:
-                commit(own, self._manifest(state, everyone))
+                commit(own, self._manifest(state, everyone, holders))
                 sync_folder(folder / partial)
 
     def _share_counters(self, state: ChildState) -> None:
@@ -146,7 +152,7 @@ class CheckpointSaver:
             base = _zero.base_optimizer(self._attached.engine)
             share_counters(base, [group["params"] for group in base.param_groups])
 
-    def _manifest(self, state: ChildState, everyone: Sequence[_Written]) -> Manifest:
+    def _manifest(self, state: ChildState, everyone: Sequence[_Written], holders: Holders | None) -> Manifest:
         record = RunRecord(
             progress=state.progress,
             chosen=state.policy is not None,
@@ -167,7 +173,7 @@ class CheckpointSaver:
             files=tuple(w.pieces for w in everyone if w.pieces is not None),
             extra=asdict(record),
         )
-        return sealed(manifest)
+        return sealed(manifest.with_holders(holders))
 
 
 def _explained(error: Exception, folder: Path) -> RuntimeError:

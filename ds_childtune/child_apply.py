@@ -17,7 +17,9 @@ from ds_childtune._zero_weights import full_shape, is_partitioned, local_weights
 from ds_childtune.child_export import KIND, ExportInfo, persistent_buffers
 from ds_childtune.child_format import DTYPES, ChildFileError, Piece
 from ds_childtune.child_reader import Child, open_child
+from ds_childtune.child_shards import put_
 from ds_childtune.fingerprint import bits, fingerprint, signed, text
+from ds_childtune.holders import Run
 
 Conflicts = Literal["refuse", "last"]
 
@@ -50,7 +52,7 @@ def apply_child(target: Any, *paths: str | Path, conflicts: Conflicts = "refuse"
         for child in children:
             child.check_contents(site.rank, site.world_size)
             _check_parameters(child, site)
-        own = [{name: site.read(child, name) for name in child.places} for child in children]
+        own = [site.read(child) for child in children]
     sums = torch.tensor([[site.fingerprint(name, pieces.get(name)) for name in site.params] for pieces in own])
     if site.is_sharded:
         sums = sums.to(device())
@@ -73,23 +75,31 @@ class AppliedChild:
     """A model with children on it."""
 
     _site: _Site
-    _replaced: list[tuple[Tensor, Tensor | slice, Tensor]] = field(default_factory=list)
-    """1-D view of weights, which elements, and their values before."""
+    _replaced: list[tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=list)
+    """1-D view of weights; which elements, int32 where that is enough, or None for all; and their values before."""
 
     def write(self, name: str, piece: Piece) -> None:
         """Put a piece of this rank's elements into every place where this rank keeps them."""
         for start, weights in self._site.homes(name):
             part = piece.narrow(start, start + weights.numel())
-            where: Tensor | slice = slice(None) if part.index is None else part.index.long().to(weights.device)
-            self._replaced.append((weights, where, weights[where].clone()))
-            weights[where] = part.tensors["values"].to(weights.device, weights.dtype)
+            where = None if part.index is None else part.index.to(weights.device)
+            before = weights.clone() if where is None else weights.index_select(0, where)
+            self._replaced.append((weights, where, before))
+            _put(weights, where, part.tensors["values"].to(weights.device, weights.dtype))
 
     def revert(self) -> None:
         """Give the base model back, bit for bit. A collective where `apply_child` was one. Not after training."""
         for weights, where, before in reversed(self._replaced):
-            weights[where] = before
+            _put(weights, where, before)
         self._replaced.clear()
         self._site.refresh()
+
+
+def _put(weights: Tensor, where: Tensor | None, values: Tensor) -> None:
+    if where is None:
+        weights.copy_(values)
+    else:
+        put_(weights, where, values)
 
 
 @dataclass
@@ -135,10 +145,22 @@ class _Site:
     def together(self) -> Any:
         return raising_together() if self.is_sharded else nullcontext()
 
-    def read(self, child: Child, name: str) -> Piece:
-        """This rank's elements of a stored parameter."""
-        weights = local_weights(name, self.tensors[name])
-        return child.read(name, weights.start, weights.values.numel())
+    def read(self, child: Child) -> dict[str, Piece]:
+        """This rank's elements of the stored parameters of which it has any."""
+        runs = []
+        for entry in child.manifest.parameters:
+            if entry.stored:
+                weights = local_weights(entry.name, self.tensors[entry.name])
+                runs.append(Run(entry.name, weights.start, weights.end))
+        pieces = {piece.parameter: piece for piece in child.read_runs([run for run in runs if run.start < run.end])}
+        for name, piece in pieces.items():
+            dtype = DTYPES[child.parameters[name].dtype]
+            if {what: tensor.dtype for what, tensor in piece.tensors.items()} != {"values": dtype}:
+                raise ChildFileError(
+                    f"{child.folder}: {name}: expected values in {dtype} only, got {sorted(piece.tensors)}."
+                    " Remedy: export it again."
+                )
+        return pieces
 
     def homes(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """Every place where this rank keeps elements of a parameter, whole copies of partitioned ones left to `refresh`."""
@@ -174,10 +196,6 @@ def _check_parameters(child: Child, site: _Site) -> None:
             raise ValueError(
                 f"{child.folder}: {name}: expected {list(entry.shape)} {entry.dtype}, but the model has"
                 f" {list(full_shape(tensor))} {str(tensor.dtype).removeprefix('torch.')}. {remedy}"
-            )
-        if entry.stored and any(p.entry.tensors != {"values": entry.dtype} for p in child.places[name]):
-            raise ChildFileError(
-                f"{child.folder}: {name}: expected values in {entry.dtype} alone. Remedy: export it again."
             )
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,9 +29,10 @@ from ds_childtune.child_format import (
     Piece,
 )
 from ds_childtune.child_reader import Child
-from ds_childtune.child_shards import ChildShard
+from ds_childtune.child_shards import ChildShard, put_
 from ds_childtune.compact_child import CompactChild
 from ds_childtune.config import ChildTuningConfig
+from ds_childtune.holders import Run
 from ds_childtune.optimizer_state import counter_device, per_element
 from ds_childtune.policies import DenseChild, TaskFreeChild
 from ds_childtune.shards import FlatShard, Fragment
@@ -190,21 +192,40 @@ def check_config(child: Child, config: ChildTuningConfig) -> None:
             )
 
 
-def read_masks(child: Child, shards: Sequence[FlatShard]) -> list[Tensor]:
-    """bool 1-D, one for each flat shard: True = inside the child, or not eligible. Raises ChildFileError."""
-    masks = [torch.ones(s.numel, dtype=torch.bool, device=s.tensor.device) for s in shards]
-    for shard, mask in zip(shards, masks, strict=True):
-        for fragment in shard.eligible:
-            fragment.of(mask).copy_(child.read(fragment.name, fragment.param_start, fragment.numel).mask())
-    return masks
+@dataclass(frozen=True)
+class SavedMasks:
+    """The masks of a checkpoint for this rank's flat shards. They are made one at a time, as they are asked for."""
+
+    _shards: Sequence[FlatShard]
+    _pieces: Sequence[Sequence[Piece]]
+    """For each shard, of its eligible fragments."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """bool 1-D, one for each flat shard, on its device: True = inside the child, or not eligible."""
+        for shard, pieces in zip(self._shards, self._pieces, strict=True):
+            mask = torch.ones(shard.numel, dtype=torch.bool, device=shard.tensor.device)
+            for fragment, piece in zip(shard.eligible, pieces, strict=True):
+                if piece.index is not None:
+                    index = piece.index.to(mask.device)
+                    put_(fragment.of(mask).fill_(False), index, torch.ones_like(index, dtype=torch.bool))
+            yield mask
+
+
+def read_masks(child: Child, shards: Sequence[FlatShard]) -> SavedMasks:
+    """What is read stays on the host, as indices. Raises ChildFileError."""
+    return SavedMasks(shards, [child.read_runs(_runs(s.eligible), values=False) for s in shards])
+
+
+def _runs(fragments: Iterable[Fragment]) -> list[Run]:
+    return [Run(f.name, f.param_start, f.param_start + f.numel) for f in fragments]
 
 
 def read_compact(child: Child, compact: CompactChild) -> None:
     """The child's fp32 weights and the base optimizer's state, into child shards. Raises ChildFileError."""
     for shard in compact.shards.values():
         state: dict[str, Any] = {}
-        for fragment in shard.flat.fragments:
-            piece = child.read(fragment.name, fragment.param_start, fragment.numel)
+        fragments = shard.flat.fragments
+        for fragment, piece in zip(fragments, child.read_runs(_runs(fragments)), strict=True):
             first, last = shard.span(fragment.shard_start, fragment.numel)
             shard.tensor.detach()[first:last].copy_(_stored(child, piece, _MASTER))
             if _STEPPED not in piece.numbers:

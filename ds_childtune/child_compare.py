@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
+from torch import Tensor
 
-from ds_childtune.child_format import ChildFileError, Piece
+from ds_childtune.child_format import ChildFileError, ParameterEntry, Piece
 from ds_childtune.child_reader import Child
 from ds_childtune.fingerprint import bits
 
@@ -53,11 +54,33 @@ def compare(one: Child, other: Child) -> list[Overlap]:
             " Remedy: compare children of one base model."
         )
     entries = []
-    for parameter in one.manifest.parameters:
-        pieces = [c.read(parameter.name) if parameter.name in c.places else None for c in (one, other)]
-        if any(piece is not None for piece in pieces):
-            entries.append(_overlap(parameter.name, parameter.numel, *pieces))
+    for batch in _batches(one.manifest.parameters):
+        first, second = (_parts(child, batch) for child in (one, other))
+        for parameter in batch:
+            pieces = first.get(parameter.name), second.get(parameter.name)
+            if pieces != (None, None):
+                entries.append(_overlap(parameter.name, parameter.numel, *pieces))
     return entries
+
+
+_BATCH = 1 << 30
+"""Elements whose pieces are in memory at once."""
+
+
+def _batches(parameters: Iterable[ParameterEntry]) -> Iterator[list[ParameterEntry]]:
+    batch: list[ParameterEntry] = []
+    for parameter in parameters:
+        if batch and sum(p.numel for p in batch) + parameter.numel > _BATCH:
+            yield batch
+            batch = []
+        batch.append(parameter)
+    yield batch
+
+
+def _parts(child: Child, parameters: Iterable[ParameterEntry]) -> dict[str, list[Piece]]:
+    """The pieces of those that are stored."""
+    names = [p.name for p in parameters if p.name in child.stored]
+    return dict(zip(names, child.read_parts([child.whole(name) for name in names]), strict=True))
 
 
 def by_layer(overlaps: Iterable[Overlap]) -> list[Overlap]:
@@ -76,12 +99,42 @@ def total(name: str, overlaps: Iterable[Overlap]) -> Overlap:
     return Overlap(name, *(sum(getattr(o, count) for o in group) for count in counts))
 
 
-def _overlap(name: str, numel: int, one: Piece | None, other: Piece | None) -> Overlap:
-    if one is None or other is None:
-        return Overlap(name, numel, one.kept if one else 0, other.kept if other else 0, 0, 0)
-    both = one.mask() & other.mask()
-    mine, others = (piece.tensors.get("values", torch.empty(0)) for piece in (one, other))
-    equal = 0
-    if mine.dtype == others.dtype and mine.numel() == one.kept and others.numel() == other.kept:
-        equal = int((bits(mine)[both[one.mask()]] == bits(others)[both[other.mask()]]).sum())
-    return Overlap(name, numel, one.kept, other.kept, int(both.sum()), equal)
+def _overlap(name: str, numel: int, one: list[Piece] | None, other: list[Piece] | None) -> Overlap:
+    first, second = (sum(piece.kept for piece in pieces or ()) for pieces in (one, other))
+    both = equal = 0
+    for mine, others in _aligned(one or [], other or []):
+        count, same = _common(mine, others)
+        both, equal = both + count, equal + same
+    return Overlap(name, numel, first, second, both, equal)
+
+
+def _aligned(one: Sequence[Piece], other: Sequence[Piece]) -> Iterator[tuple[Piece, Piece]]:
+    """The same runs of elements out of two lists of pieces, each in the order of elements."""
+    i = j = 0
+    while i < len(one) and j < len(other):
+        start, end = max(one[i].start, other[j].start), min(one[i].end, other[j].end)
+        if start < end:
+            yield one[i].narrow(start, end), other[j].narrow(start, end)
+        if one[i].end <= end:
+            i += 1
+        if j < len(other) and other[j].end <= end:
+            j += 1
+
+
+def _common(one: Piece, other: Piece) -> tuple[int, int]:
+    """Elements inside both, and how many of them have the same value. No mask is made: a forged shape costs nothing."""
+    if other.index is None:
+        one, other = other, one
+    if one.index is None or not one.kept:
+        count, at = other.kept if one.index is None else 0, other.index
+        theirs: Tensor | slice = slice(None if one.kept else 0)
+    else:
+        assert other.index is not None
+        found = torch.searchsorted(one.index, other.index.to(one.index.dtype)).clamp_(max=one.kept - 1)
+        theirs = one.index[found] == other.index
+        at, count = found[theirs], int(theirs.sum())
+    mine, others = (piece.tensors.get("values") for piece in (one, other))
+    if mine is None or others is None or mine.dtype != others.dtype or not count:
+        return count, 0
+    mine = mine if at is None else mine[at.long()]
+    return count, int((bits(mine) == bits(others[theirs])).sum())

@@ -20,13 +20,14 @@ from deepspeed import comm as dist
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from ds_childtune._ranks import device, gather_objects, raising_together, sum_over_ranks
+from ds_childtune._ranks import device, gather_objects, largest_of_ranks, raising_together, sum_over_ranks
 from ds_childtune._version import __version__
 from ds_childtune._zero_weights import full_shape, is_partitioned, local_weights
 from ds_childtune.child_format import DTYPES, FileEntry, Manifest, ParameterEntry, Piece, check_seal, parsed, sealed
 from ds_childtune.child_writer import commit, write_pieces
 from ds_childtune.durable import new_folder
 from ds_childtune.fingerprint import fingerprint, signed, text
+from ds_childtune.gathering import gather_holders
 from ds_childtune.shards import Fragment
 
 KIND = "export"
@@ -106,7 +107,8 @@ def export_child(
         params = dict(model.named_parameters())
         buffers = persistent_buffers(model)
         pieces, sums = _trained(params, masks)
-    trained = set().union(*gather_objects(sorted(sums)))
+    has = largest_of_ranks(torch.tensor([name in sums for name in params], dtype=torch.int64))
+    trained = {name for name, held in zip(params, has.tolist(), strict=True) if held}
     with raising_together():
         entries = parameter_entries(model, [*trained, *buffers])
         first = dist.get_rank() == 0
@@ -119,6 +121,7 @@ def export_child(
             pieces += [Piece(name, 0, values.numel(), None, {"values": values}) for name, values in whole.items()]
     totals = torch.tensor([sums.get(name, 0) for name in params], dtype=torch.int64, device=device())
     sum_over_ranks(totals)
+    holders = gather_holders({e.name: e.numel for e in entries}, [(p.parameter, p.start, p.numel) for p in pieces])
     with raising_together():
         if first:
             new_folder(folder)
@@ -126,7 +129,7 @@ def export_child(
         file = write_pieces(folder, dist.get_rank(), pieces)
     files: tuple[FileEntry, ...] = tuple(f for f in gather_objects(file) if f is not None)
     extra = describe(model, dict(zip(params, totals.tolist(), strict=True)), step)
-    manifest = sealed(Manifest(__version__, KIND, dict(config), entries, files, extra))
+    manifest = sealed(Manifest(__version__, KIND, dict(config), entries, files, extra).with_holders(holders))
     with raising_together():
         if first:
             commit(folder, manifest)

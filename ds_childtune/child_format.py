@@ -3,7 +3,8 @@
 [Note: child files]
 A folder holds one `child.json`, the *manifest*, and safetensors files, one for each rank that has something to write:
 
-    child.json                               written last: without it the folder is not a child
+    child.json                               written last: without it the folder is not a child; it says where which piece lies,
+                                             see [Note: holders]
     child-00000-5f1c0a9be2d47c33.safetensors rank 0's pieces; the name ends with the contents' checksum
     child-00001-90d2b7a41e6c5f08.safetensors
 
@@ -17,11 +18,14 @@ with those of them that are inside the child, and values for each of these (weig
 
 and under the header's `__metadata__`, key "pieces", a json list of `PieceEntry`. The pieces of a parameter never overlap, and cover
 it: so whoever reads can ask for any run of elements, whoever wrote them.
+
+Version 1, which is still read, has no holders: whoever reads it looks into every file first.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -32,8 +36,11 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
+from ds_childtune.holders import Holders
+
 FORMAT: Final = "ds_childtune"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
 MANIFEST = "child.json"
 
 MAX_NUMEL = 2**62
@@ -59,6 +66,7 @@ DTYPES: dict[str, torch.dtype] = {
 _Count = Annotated[int, Field(ge=0, le=MAX_NUMEL)]
 _DtypeName = Annotated[str, Field(pattern=f"^({'|'.join(DTYPES)})$")]
 _TensorName = Annotated[str, Field(pattern="^[A-Za-z0-9_.]+$", max_length=200)]
+_PIECES = re.compile(r"child-(\d{5,18})-[0-9a-f]{16}\.safetensors")
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 T = TypeVar("T")
@@ -102,6 +110,12 @@ class FileEntry:
     blake2b: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
     """Checksum of the contents: blake2b of 16 bytes, in hexadecimal."""
 
+    @property
+    def writer(self) -> int | None:
+        """The rank that wrote it, if it is a file of pieces."""
+        found = _PIECES.fullmatch(self.name)
+        return int(found.group(1)) if found else None
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -120,10 +134,17 @@ class Manifest:
     extra: dict[str, Any] = field(default_factory=dict)
     """What this kind has besides; plain json."""
     format: Literal["ds_childtune"] = "ds_childtune"
-    version: int = VERSION
+    version: int = 1
+    holders: Holders | None = None
+    """Which files have pieces of which parameters. None: in version 1, or where it is otherwise than [Note: holders] says."""
+
+    def with_holders(self, holders: Holders | None) -> Manifest:
+        """Of the version that has them."""
+        return self if holders is None else replace(self, version=VERSION, holders=holders)
 
     def json(self) -> bytes:
-        return adapter(Manifest).dump_json(self, indent=1)
+        # Without the key where there is none: seals of version 1 are over such a text.
+        return adapter(Manifest).dump_json(self, indent=1, exclude={"holders"} if self.holders is None else None)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ds_childtune.child_reader import Child, open_child
 from ds_childtune.child_writer import commit, write_pieces
 from ds_childtune.durable import explained, new_folder, sync_folder
 from ds_childtune.fingerprint import fingerprint
+from ds_childtune.holders import Held, Holders
 
 _WEIGHTS = (".safetensors", ".bin", ".index.json", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".gguf", ".ot")
 
@@ -69,14 +70,15 @@ def compose(
     output = Path(output)
     opened = [open_child(path, kind=KIND, checksums=False) for path in children]
     model: Any = _tuned(base, opened, conflicts)
-    stored = {name for child in opened for name in child.places}
+    stored = {name for child in opened for name in child.stored}
+    inside_of = [_inside(child) for child in opened]
     pieces, sums = [], {}
     for name, tensor in {**dict(model.named_parameters()), **persistent_buffers(model)}.items():
         values = tensor.detach().view(-1)
         inside = torch.zeros(values.numel(), dtype=torch.bool)
-        for child in opened:
-            if name in child.places:
-                inside |= child.read(name).mask()
+        for pieces_of in inside_of:
+            if name in pieces_of:
+                inside |= pieces_of.pop(name).mask()
         if name in stored:
             pieces.append(Piece.of(name, 0, inside, values=values))
         if isinstance(tensor, nn.Parameter):
@@ -86,12 +88,17 @@ def compose(
     config = {"composed": [child.manifest.config for child in opened]}
     steps = sum(ExportInfo.of(child.manifest, child.folder).step for child in opened)
     files = () if file is None else (file,)
-    manifest = Manifest(
-        __version__, KIND, config, parameter_entries(model, stored), files, describe(model, sums, steps)
-    )
-    manifest = sealed(manifest)
+    entries = parameter_entries(model, stored)
+    manifest = Manifest(__version__, KIND, config, entries, files, describe(model, sums, steps))
+    manifest = sealed(manifest.with_holders(Holders.of([Held(0, e.numel if e.stored else 0, 0) for e in entries])))
     commit(output, manifest)
     return manifest
+
+
+def _inside(child: Child) -> dict[str, Piece]:
+    """Which elements of every stored parameter are inside the child, without their values."""
+    names = [p.name for p in child.manifest.parameters if p.stored]
+    return dict(zip(names, child.read_runs([child.whole(name) for name in names], values=False), strict=True))
 
 
 def _tuned(base: str | Path, children: Sequence[Child], conflicts: Conflicts) -> Any:

@@ -86,7 +86,7 @@ class RunRecord:
         return record
 
     def check_files(self, folder: Path, share: int, of: int) -> None:
-        """Sizes of all files that are not in the manifest's own list, and the checksums of every `of`-th from the `share`-th on.
+        """Sizes and checksums of every `of`-th file that is not in the manifest's own list, from the `share`-th on.
 
         Args:
             folder: the tag's.
@@ -96,14 +96,16 @@ class RunRecord:
         """
         files = [(folder / "child" / f.name, f.bytes, f.blake2b, checksum) for f in self.ranks]
         files += [(folder / f.name, f.bytes, f.crc32, _crc32) for f in self.deepspeed]
-        for path, size, _, _ in files:
-            got = path.stat().st_size if path.is_file() else None
+        for path, size, digest, digest_of in files[share::of]:
+            try:
+                got = path.stat().st_size
+            except OSError:
+                got = None
             if got != size:
                 raise ChildFileError(
                     f"{path}: expected a file of {size} bytes, got {'none' if got is None else got}."
                     " Remedy: use another checkpoint, or an undamaged copy."
                 )
-        for path, _, digest, digest_of in files[share::of]:
             if digest_of(path) != digest:
                 raise ChildFileError(
                     f"{path}: expected checksum {digest}, got another: bytes have changed."

@@ -377,7 +377,7 @@ class ChildTuner:
         """
         policy = self._chosen_policy()
         if isinstance(policy, TaskFreeChild):
-            masks = [(f, policy.mask(f, device(), self.step)) for s in self._shards for f in s.eligible if f.counted]
+            masks = ((f, policy.mask(f, device(), self.step)) for s in self._shards for f in s.eligible if f.counted)
             return Report(self.config.mode, self.config.reserve_p, self._count(masks))
         assert self._report is not None
         return self._report

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed import comm
 
 import ds_childtune
 from ds_childtune import _zero, _zero_checkpoint, _zero_elastic, _zero_lean
@@ -237,3 +240,69 @@ def test_no_rank_waits_for_one_without_memory(pool: RankPool, where: str, tmp_pa
         assert "rank 1" in said
         assert "no memory for a copy" in said
         assert saved
+
+
+# ---------------------------------------------------------------- what ranks see, and what they send
+
+
+def load_with_a_stale_view(setup: Setup, folder: str, tag: str | None) -> tuple[Weights, int, str | None]:
+    """Rank 1's file system shows no tag, no child in it and no `latest` yet, as a network file system's metadata may."""
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, COMPACT)
+        stale = contextlib.ExitStack()
+        if dist.get_rank() == 1:
+            for name in ("is_dir", "is_file", "exists"):
+                stale.enter_context(mock.patch.object(Path, name, return_value=False))
+        with stale:
+            path, _ = engine.load_checkpoint(folder, tag)
+        return master_weights(engine), child.step, path
+
+
+def save_two(setup: Setup, folder: str) -> Weights:
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, COMPACT)
+        child.select(share(setup, 1000, 4))
+        train(engine, setup, 0, 2)
+        engine.save_checkpoint(folder, "two")
+        return master_weights(engine)
+
+
+def test_rank_0_looks_for_all(pool: RankPool, tmp_path: Path) -> None:
+    """Whether there is a checkpoint, which, and whether it has a child; else ranks would meet in different collectives."""
+    saved = pool[2].run(save_two, DEEP, str(tmp_path))[0]
+    for tag in ("two", None):
+        for masters, step, path in pool[2].run(load_with_a_stale_view, DEEP, str(tmp_path), tag):
+            assert equal_bits(masters, saved)
+            assert (step, path is None) == (2, False)
+    (tmp_path / "latest").unlink()
+    for _, step, path in pool[2].run(load_with_a_stale_view, DEEP, str(tmp_path), None):
+        assert (step, path) == (0, None)
+
+
+def sizes_of_objects(setup: Setup, folder: str) -> list[int]:
+    """Bytes of every object that rank 0 sends to others in a save, an export and a load."""
+    sizes: list[int] = []
+    gather = dist.all_gather_object
+
+    def sent(values: list[Any], value: Any, *args: Any, **kwargs: Any) -> None:
+        sizes.append(len(pickle.dumps(value)))
+        gather(values, value, *args, **kwargs)
+
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, COMPACT)
+        child.select(share(setup, 1000, 4))
+        train(engine, setup, 0, 1)
+        with mock.patch.object(comm, "all_gather_object", sent):
+            engine.save_checkpoint(folder + "/checkpoint")
+            child.export(folder + "/export")
+            engine.load_checkpoint(folder + "/checkpoint")
+    return sizes
+
+
+def test_objects_that_ranks_send_have_no_part_in_the_number_of_parameters(pool: RankPool, tmp_path: Path) -> None:
+    few = pool[2].run(sizes_of_objects, replace(DEEP, family="bert"), str(tmp_path / "bert"))[0]
+    many = pool[2].run(sizes_of_objects, replace(DEEP, family="t5"), str(tmp_path / "t5"))[0]
+    assert len(few) >= 3, "vacuous: nothing was seen"
+    assert len(few) == len(many)
+    assert all(abs(a - b) < 50 for a, b in zip(few, many, strict=True)), (few, many)
+    assert max(many) < 1500

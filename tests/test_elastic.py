@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import ds_childtune
+from tests.alive import Alive
 from tests.distributed import RankPool
 from tests.engines import Optimizer, Setup, Weights, engine_of, master_weights, model_weights, train_step
 from tests.models import batches, deal
@@ -277,3 +278,36 @@ def test_weights_alone_are_really_loaded(
                 rounded = {n: w.to(saved[n].dtype) for n, w in end.masters.items()}
                 assert equal_bits(rounded, {n: saved[n] for n in rounded}), "the next step would undo the load"
                 assert (end.note, end.global_steps, end.trains) == (7, steps, True)
+
+
+# ---------------------------------------------------------------- what the device holds meanwhile
+
+
+def peak_of_a_load(setup: Setup, folder: str) -> tuple[int, int, bool]:
+    """Over a run that has trained: the bytes of new tensors at their peak, of the masters, and whether it is another run now."""
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, BLOCKS["F"])
+        for step in range(5, 7):
+            train_step(engine, deal(batches("gpt2", 2, seed=step), dist.get_rank(), dist.get_world_size()))
+        before = master_weights(engine)
+        with Alive(torch.is_floating_point) as alive:  # random states are larger than the model
+            engine.load_checkpoint(folder)
+        masters = sum(shard.tensor.nbytes for shard in child._shards)
+        return alive.peak, masters, not equal_bits(before, master_weights(engine))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_that_trains_has_room_to_load(pool: RankPool, stage: int, tmp_path: Path) -> None:
+    """From another stage: nothing dense is built beside the masters and moments that are there."""
+    came = Setup("gpt2", stage=5 - stage, bf16=True)
+    pool[2].run(save_few, came, str(tmp_path))
+    for peak, masters, loaded in pool[2].run(peak_of_a_load, replace(came, stage=stage), str(tmp_path)):
+        assert loaded, "vacuous: nothing was loaded"
+        assert 0 < peak < masters / 2
+
+
+def save_few(setup: Setup, folder: str) -> None:
+    with engine_of(setup) as engine:
+        ds_childtune.attach(engine, BLOCKS["F"])
+        train_step(engine, deal(batches("gpt2", 2), dist.get_rank(), dist.get_world_size()))
+        engine.save_checkpoint(folder)

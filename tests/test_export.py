@@ -114,7 +114,7 @@ def test_base_plus_child_is_the_tuned_model(exported: Exported, case: str) -> No
 
     child = open_child(folder / "child")
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert set(child.places) == trainable
+    assert set(child.stored) == trainable
     for name in trainable:
         assert torch.equal(child.read(name).mask(), run.masks[name].view(-1)), name
     blocks = block_parameters(setup.family, model)
@@ -263,7 +263,7 @@ def test_several_children(exported: Exported, tmp_path: Path) -> None:
     apply_child(model, tmp_path / "both")
     assert same(copied(model), expected)
     union = runs[0].masks, runs[1].masks
-    for name in open_child(tmp_path / "both").places:
+    for name in open_child(tmp_path / "both").stored:
         assert torch.equal(open_child(tmp_path / "both").read(name).mask(), (union[0][name] | union[1][name]).view(-1))
     # One child does not get onto a model that has another: it is not the base model any more.
     with pytest.raises(ValueError, match="revert other children first"):

@@ -6,12 +6,15 @@ space of the process is limited meanwhile. `--fuzz-examples 100000` for a long r
 
 from __future__ import annotations
 
+import json
 import resource
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,15 +22,17 @@ from torch import Tensor, nn
 
 from ds_childtune import apply_child, run_record
 from ds_childtune import child_checkpoint as checkpoint
+from ds_childtune import holders as holding
 from ds_childtune._version import __version__
 from ds_childtune.child_compare import compare
 from ds_childtune.child_export import KIND, ExportInfo, describe, parameter_entries
-from ds_childtune.child_format import ChildFileError, Manifest, Piece, sealed
+from ds_childtune.child_format import ChildFileError, Manifest, Piece, parsed, sealed
 from ds_childtune.child_reader import open_child
 from ds_childtune.child_writer import commit, write_pieces
 from ds_childtune.compact_child import CompactChild
 from ds_childtune.config import ChildTuningConfig
 from ds_childtune.fingerprint import fingerprint
+from ds_childtune.holders import Held, Holders, ranks_with
 from ds_childtune.layout import Layout, SavedShard
 from ds_childtune.random_states import read_random_states, write_random_states
 from ds_childtune.rank_file import read_layout, read_states, write_rank_file
@@ -71,14 +76,19 @@ def write_export(folder: Path) -> None:
     sums = {name: fingerprint(values[name], 0, inside.get(name)) for name in values}
     entries = parameter_entries(model, [*inside, "count"])
     extra = describe(model, sums, 7)
-    commit(folder, sealed(Manifest(__version__, KIND, {}, entries, tuple(f for f in files if f), extra)))
+    cuts = {name: mask.numel() // 3 for name, mask in inside.items()}
+    held = [
+        Held(0, cuts[e.name], e.numel - cuts[e.name]) if e.name in cuts else Held(0, int(e.stored), 0) for e in entries
+    ]
+    manifest = Manifest(__version__, KIND, {}, entries, tuple(f for f in files if f), extra)
+    commit(folder, sealed(manifest.with_holders(Holders.of(held))))
 
 
 def read_export(folder: Path) -> None:
     """All that is ever done to an export."""
     child = open_child(folder, kind=KIND)
     ExportInfo.of(child.manifest, folder)
-    for name in child.places:
+    for name in sorted(child.stored):
         for piece in child.pieces(name):
             piece.mask()
         child.read(name)
@@ -132,7 +142,9 @@ def write_checkpoint(folder: Path) -> None:
     shapes = {name: torch.Size([numel]) for name, numel in run.SIZES.items()}
     entries = checkpoint.parameter_entries(shapes, shapes, torch.float32)
     config = run.CONFIG.model_dump(mode="json")
-    commit(own, sealed(Manifest(__version__, checkpoint.KIND, config, entries, (file,), asdict(record))))
+    holders = Holders.of([Held(0, numel, 0) for numel in run.SIZES.values()])
+    manifest = Manifest(__version__, checkpoint.KIND, config, entries, (file,), asdict(record))
+    commit(own, sealed(manifest.with_holders(holders)))
 
 
 def read_checkpoint(folder: Path) -> None:
@@ -145,6 +157,9 @@ def read_checkpoint(folder: Path) -> None:
     checkpoint.check_config(opened, run.CONFIG)
     shapes = {name: torch.Size([numel]) for name, numel in run.SIZES.items()}
     checkpoint.check_model(opened, shapes, shapes)
+    if opened.manifest.holders is not None:
+        runs = [holding.Run(f.name, f.param_start, f.param_start + f.numel) for f in run.shard.fragments]
+        ranks_with(opened.manifest.holders, {p.name: p.numel for p in opened.manifest.parameters}, runs)
     layout = Layout(shard for file in record.ranks for shard in read_layout(opened.folder / file.name))
     for fragment in run.shard.fragments:
         for piece in layout.find(fragment):
@@ -159,9 +174,22 @@ def read_checkpoint(folder: Path) -> None:
         write_random_states(before)
 
 
+OLD = Path(__file__).parent / "data" / "version_1"
+"""Written by the last library that wrote version 1, with `write_export` and `write_checkpoint`."""
+
+
+def written_before(kind: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        shutil.copytree(OLD / kind, folder, dirs_exist_ok=True)
+
+    return write
+
+
 READERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
     "export": (write_export, read_export),
     "checkpoint": (write_checkpoint, read_checkpoint),
+    "export of version 1": (written_before("export"), read_export),
+    "checkpoint of version 1": (written_before("checkpoint"), read_checkpoint),
 }
 """How a folder is written, and read."""
 
@@ -206,7 +234,7 @@ def test_only_our_errors_come_out(
     write(folder)
     whole = read_files(folder)
     assert not refused(read, folder, whole), "vacuous: the folder as it was written is refused"
-    examples = request.config.getoption("--fuzz-examples")
+    examples = request.config.getoption("--fuzz-examples") // (2 if kind.endswith("1") else 1)
     count = 0
     with little_memory():
         with pytest.raises((RuntimeError, MemoryError)):
@@ -221,3 +249,45 @@ def test_only_our_errors_come_out(
     # Forged values, config or names of nothing are as good as others: no reader can tell.
     assert 0.7 * examples < count < examples
     print(f"{kind}: {examples} mutated folders, {count} refused")
+
+
+def forged(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a written export, with another manifest, whose checksum is right."""
+    write_export(folder)
+    path = folder / "child.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_bytes(sealed(parsed(Manifest, json.dumps(manifest), "")).json())
+    return folder
+
+
+def hold(name: str, first: int, head: int, each: int) -> Callable[[dict[str, Any]], None]:
+    def change(manifest: dict[str, Any]) -> None:
+        at = [p["name"] for p in manifest["parameters"]].index(name)
+        for column, number in (("first", first), ("head", head), ("each", each)):
+            manifest["holders"][column][at] = number
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (hold("few", 0, 300, 0), "few: holders of its elements"),
+        (hold("few", 0, 0, 0), "few: holders of its elements"),
+        (hold("few", 0, 901, 600), "few: holders of its elements"),
+        (hold("few", 0, 299, 601), "few: expected the elements 0 to 299 in one piece"),
+        (hold("few", 1, 900, 0), "few: expected the elements 0 to 0 in one piece"),
+        (hold("few", 0, 300, 1), "expected the elements 300 to 301 in one piece"),
+        (hold("few", 7, 900, 0), "few: expected the elements 0 to 0 in one piece"),
+        (lambda manifest: manifest["holders"]["first"].pop(), "holders of every parameter"),
+    ],
+)
+def test_holders_that_are_not_so_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], text: str
+) -> None:
+    folder = forged(tmp_path, change)
+    with pytest.raises(ChildFileError, match=text):
+        open_child(folder)
+    with pytest.raises(ChildFileError):  # without a look at every file, whoever reads the parameter is told
+        open_child(folder, checksums=False).read("few")

@@ -386,6 +386,7 @@ PURE = (
     "run_record",
     "fingerprint",
     "child_compare",
+    "holders",
 )
 
 

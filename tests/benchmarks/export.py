@@ -145,7 +145,7 @@ def print_table(args: argparse.Namespace, sizes: dict[str, int], times: dict[str
 
 def print_application(args: argparse.Namespace, path: Path) -> None:
     child = open_child(path)
-    kept = sum(child.kept(name) for name in child.places)
+    kept = sum(child.kept(name) for name in child.stored)
     numel = sum(p.numel for p in child.manifest.parameters)
     model = base_model().to(torch.bfloat16 if args.bf16 else torch.float32)
     start = time.perf_counter()
