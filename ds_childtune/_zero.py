@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_childtune._ranks import raise_together
 from ds_childtune.shards import FlatShard, Fragment
 
 Engine = Any
@@ -51,6 +52,64 @@ class Parameters:
     """Full shape, by first name, frozen parameters included."""
 
 
+def check_engine(given: object) -> None:
+    """Raise ValueError, on every rank, for what is not a DeepSpeed engine. A collective where DeepSpeed's are there already."""
+    from deepspeed import comm as dist
+
+    if isinstance(given, _engine_class()):
+        remedy = None
+    elif isinstance(inner := getattr(given, "engine", None), _engine_class()):
+        remedy = f"attach to the {type(inner).__name__} in its .engine"
+    elif isinstance(given, tuple) and any(isinstance(part, _engine_class()) for part in given):
+        remedy = "attach to the first of what deepspeed.initialize returned: engine, *_ = deepspeed.initialize(...)"
+    elif hasattr(given, "model_wrapped"):
+        remedy = "attach to its .model_wrapped, once training has begun: in the on_train_begin of a callback"
+    elif hasattr(given, "prepare") and hasattr(given, "state"):
+        remedy = "attach to the model that its prepare() returned"
+    elif isinstance(given, nn.Module):
+        remedy = (
+            "attach to the engine around it: what deepspeed.initialize or accelerator.prepare returned, or trainer.model_wrapped"
+            " once training has begun"
+        )
+    else:
+        remedy = "attach to the first of what deepspeed.initialize returned"
+    error = None
+    if remedy is not None:
+        error = ValueError(f"attach: expected a DeepSpeedEngine, got {type(given).__name__}. Remedy: {remedy}.")
+    if dist.is_initialized():
+        raise_together(error)
+    elif error is not None:
+        raise error
+
+
+def _engine_class() -> type:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    return DeepSpeedEngine  # type: ignore[no-any-return]
+
+
+def missing_groups(engine: Engine) -> str | None:
+    """What is wrong when the base optimizer has not the param groups any more that ZeRO took over, or None."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "sub_group_to_group_id"):
+        expected = len(set(optimizer.sub_group_to_group_id.values()))
+    else:
+        expected = next((len(getattr(optimizer, name)) for name in _GROUPS if hasattr(optimizer, name)), -1)
+    found = len(base_optimizer(engine).param_groups)
+    if expected in (-1, found):
+        return None
+    what = f"expected the {expected} param groups that deepspeed.initialize was given, got {found}"
+    if found < expected:
+        return (
+            f"{what} in {type(base_optimizer(engine)).__name__}: DeepSpeed has built another optimizer, of one group, and fails at"
+            " its first step. Remedy: use one param group, or another optimizer."
+        )
+    return (
+        f"{what}: with {type(optimizer).__name__}, groups that are added later never train. Remedy: give deepspeed.initialize"
+        " an optimizer with all groups; one that is to train later may begin at lr 0."
+    )
+
+
 def refuse_unsupported(engine: Engine) -> None:
     """Raise NotImplementedError, with a remedy, for a set-up where masks would not act or not be exact."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -65,6 +124,8 @@ def refuse_unsupported(engine: Engine) -> None:
             "attach: this engine has no optimizer, so there is nothing to mask."
             ' Remedy: give deepspeed.initialize an optimizer, or an "optimizer" block in its config.'
         )
+    if (problem := missing_groups(engine)) is not None:
+        raise ValueError(f"attach: {problem}")
     zero = engine._config.zero_config
     offload = zero.offload_optimizer
     base_name = type(base).__name__

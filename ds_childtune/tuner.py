@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ds_childtune import _zero, _zero_clip, _zero_depth, _zero_layout, _zero_reads
@@ -44,10 +45,11 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
         config: replaces the `"child_tuning"` block of the DeepSpeed config.
 
     Raises:
-        ValueError: for a wrong config; on every rank, naming key, value and remedy.
+        ValueError: for a wrong config, or what is not an engine; on every rank, naming key, value and remedy.
         NotImplementedError: for a set-up that is not supported; on every rank, with a remedy.
         RuntimeError: when the engine has a child already.
     """
+    _zero.check_engine(engine)
     with raising_together():
         if getattr(engine, "child_tuner", None) is not None:
             raise RuntimeError("attach: this engine has a ChildTuner already. Remedy: call its detach() first.")
@@ -114,7 +116,7 @@ class ChildTuner:
             base.register_step_post_hook(self._after_step),
         ]
         self._steps_at_attach = _zero.applied_steps(engine)
-        self._handles.append(engine.module.register_forward_pre_hook(self._check_that_hooks_fired))
+        self._handles.append(engine.module.register_forward_pre_hook(_checking_before_forward(self)))
         self._handles.append(Checkpoints(attached, read=self._state, resume=self._resume))
         engine.child_tuner = self
         tell(self._eligibility())
@@ -489,8 +491,10 @@ class ChildTuner:
             )
         return shard
 
-    def _check_that_hooks_fired(self, *_: object) -> None:
-        """Once, before the first forward pass after a step that DeepSpeed says it applied: it must have come by here."""
+    def _check_before_forward(self) -> None:
+        """What was attached to is still there; and a step that DeepSpeed says it applied must have come by here."""
+        if (problem := _zero.missing_groups(self.engine)) is not None:
+            raise RuntimeError(f"ChildTuner: {problem}")
         if self.step == 0 and _zero.applied_steps(self.engine) > self._steps_at_attach:
             raise RuntimeError(
                 "ds_childtune self-check: DeepSpeed applied a step, but its base optimizer's step hooks did not fire, so no"
@@ -536,3 +540,18 @@ class ChildTuner:
             handle.remove()
         self._handles.clear()
         self.engine.child_tuner = None
+
+
+def _checking_before_forward(tuner: ChildTuner) -> Callable[..., None]:
+    """A hook for the engine's module that is of no effect on copies of it.
+
+    A copy of a module has its hooks. Python copies functions as they are, but a bound method with all that it is bound to.
+    """
+    of = weakref.ref(tuner)
+
+    def check(module: nn.Module, *_: object) -> None:
+        tuner = of()
+        if tuner is not None and module is tuner.engine.module:
+            tuner._check_before_forward()
+
+    return check

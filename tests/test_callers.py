@@ -1,14 +1,18 @@
-"""Engines that are used otherwise than by our own scripts: boundaries set by hand, parameters frozen late, steps that fail."""
+"""Engines that are used otherwise than by our own scripts: boundaries set by hand, parameters frozen late, steps that fail, copies of
+the module, param groups that come later.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 import ds_childtune
 from ds_childtune import _zero
@@ -142,3 +146,143 @@ def step_that_fails(stage: int, reselects: bool) -> list[bool]:
 def test_a_step_that_fails_leaves_no_child_in_the_optimizer(pool: RankPool, reselects: bool) -> None:
     for outcome in pool[2].run(step_that_fails, 0, reselects):
         assert outcome == [True, True]
+
+
+def copied(engine: Any) -> nn.Module:
+    """A copy of the engine's module; below ZeRO-3, where plain DeepSpeed's copies train, it takes a step of its own."""
+    twin: nn.Module = copy.deepcopy(engine.module)
+    assert torch.optim.swa_utils.AveragedModel(engine.module) is not None
+    if engine.zero_optimization_stage() < 3:
+        own = torch.optim.SGD(twin.parameters(), lr=0.1)
+        before = [p.detach().clone() for p in twin.parameters()]
+        twin(**on_device(engine, batches("llama", 1)[0])).loss.backward()
+        own.step()
+        assert any(not torch.equal(a, b) for a, b in zip(before, twin.parameters(), strict=True))
+    return twin
+
+
+def copies(stage: int, config: dict[str, Any]) -> tuple[str, bool]:
+    """Copy the module in every phase. What the engine's hook says when it has to raise, and whether a step is as without copies."""
+    ends = []
+    for with_copies in (False, True):
+        with engine_of(Setup("llama", stage=stage)) as engine:
+            child = ds_childtune.attach(engine, config)
+            twins = [copied(engine)] if with_copies else []
+
+            def calibration(twins: list[nn.Module] = twins, engine: Any = engine) -> Iterator[Any]:
+                for batch in mine(2, seed=1):
+                    twins += [copied(engine)] if twins else []
+                    yield batch
+
+            if config["mode"] == "ChildTuning-D":
+                child.select(calibration())
+            twins += [copied(engine)] if twins else []
+            train_step(engine, mine(1, seed=2))
+            twins += [copied(engine)] if twins else []
+            ends.append(model_weights(engine))
+            # As if a step had not come by.
+            child.step, child._steps_at_attach = 0, -1
+            twins += [copied(engine)] if twins else []
+            try:
+                train_step(engine, mine(1, seed=2))
+                said = ""
+            except RuntimeError as error:
+                said = str(error)
+            child.detach()
+            # A forward pass that ends in an error leaves ZeRO-3's module with handles that cannot be copied.
+            twins += [copied(engine)] if twins and stage < 3 else []
+            assert len(twins) >= 5 * with_copies
+    return said, all(torch.equal(ends[0][name], weight) for name, weight in ends[1].items())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_copies_of_the_module_are_free_of_the_child(pool: RankPool, stage: int) -> None:
+    config = COMPACT if stage else {"mode": "ChildTuning-F", "reserve_p": 0.3}
+    for said, same in pool[2].run(copies, stage, config):
+        assert "did not fire" in said, "vacuous: the hook is without effect on the engine, too"
+        assert same
+
+
+def group_that_comes_later(stage: int, *, before: bool) -> tuple[str, bool]:
+    """What a param group that is added to an engine leads to, and whether it trains in the end, as the error says it can."""
+    model = build("llama")
+    head = [p for name, p in model.named_parameters() if "lm_head" in name]
+    rest = [p for name, p in model.named_parameters() if "lm_head" not in name]
+    config = Setup("llama", stage=stage).config()
+    del config["optimizer"]
+    groups: list[dict[str, Any]] = [{"params": rest}]
+    if before:
+        groups.append({"params": head, "lr": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    child = ds_childtune.attach(engine, COMPACT)
+    child.select(mine(2, seed=1))
+    train_step(engine, mine(1, seed=2))
+    said = ""
+    if before:
+        engine.optimizer.param_groups[1]["lr"] = 1e-2
+    else:
+        optimizer.add_param_group({"params": head, "lr": 1e-2})
+        try:
+            train_step(engine, mine(1, seed=3))
+        except RuntimeError as error:
+            said = str(error)
+        child.detach()
+        if stage:
+            try:
+                ds_childtune.attach(engine, COMPACT)
+            except ValueError as error:
+                said += str(error)
+        else:
+            child = ds_childtune.attach(engine, COMPACT)
+            child.select(mine(2, seed=1))
+    moved = False
+    if before or not stage:
+        start = model_weights(engine)["lm_head.weight"]
+        train_step(engine, mine(1, seed=3))
+        moved = not torch.equal(model_weights(engine)["lm_head.weight"], start)
+    if stage and not before:
+        del optimizer.param_groups[1:]  # DeepSpeed's own destroy trips over it
+    engine.destroy()
+    return said, moved
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_param_group_that_is_added_later(pool: RankPool, stage: int) -> None:
+    for said, moved in pool[2].run(group_that_comes_later, stage, before=False):
+        if stage:
+            assert said.count("expected the 1 param groups that deepspeed.initialize was given, got 2") == 2
+            assert said.count("Remedy: give deepspeed.initialize an optimizer with all groups") == 2
+        else:
+            assert "was not there at attach. Remedy: call detach() and attach(engine) again" in said
+            assert moved
+    if stage:
+        for said, moved in pool[2].run(group_that_comes_later, stage, before=True):
+            assert said == ""
+            assert moved
+
+
+def adagrad_of_groups(stage: int, count: int) -> str:
+    model = build("llama")
+    params = list(model.parameters())
+    config = Setup("llama", stage=stage).config()
+    del config["optimizer"]
+    groups = [{"params": params[i::count]} for i in range(count)]
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.Adagrad(groups, lr=1e-2), config=config)
+    try:
+        ds_childtune.attach(engine, COMPACT).select(mine(2, seed=1))
+        train_step(engine, mine(1, seed=2))
+    except ValueError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return ""
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_adagrad_of_two_groups(pool: RankPool, stage: int) -> None:
+    """Plain DeepSpeed ends in an IndexError at its first step."""
+    for text in pool[2].run(adagrad_of_groups, stage, 2):
+        assert "expected the 2 param groups that deepspeed.initialize was given, got 1 in Adagrad" in text
+        assert "Remedy: use one param group" in text
+    assert pool[2].run(adagrad_of_groups, stage, 1) == ["", ""]

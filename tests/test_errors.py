@@ -398,3 +398,70 @@ def test_no_optimizer(pool: RankPool) -> None:
     for text in pool[2].run(attach_to_an_engine_without_an_optimizer):
         assert "no optimizer" in text
         assert "Remedy" in text
+
+
+class Wrapper:
+    """accelerate's engine wrapper, or anything like it."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+
+class Preparer:
+    """accelerate's Accelerator, to the eye."""
+
+    state = None
+
+    def prepare(self) -> None:
+        pass
+
+
+class Trainer:
+    model_wrapped = None
+
+
+def attach_to_others() -> dict[str, str]:
+    """What `attach` says to what is not an engine; then the remedies that name one here."""
+    said = {}
+    with engine_of(ODD) as engine:
+        others: dict[str, Any] = {
+            "module": engine.module,
+            "ddp": torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2)),
+            "wrapper": Wrapper(engine),
+            "tuple": (engine, engine.optimizer, None, None),
+            "accelerator": Preparer(),
+            "trainer": Trainer(),
+            "None": None,
+        }
+        for name, other in others.items():
+            try:
+                # One rank's slip is everyone's error.
+                ds_childtune.attach(other if dist.get_rank() == 1 else engine, CHILD_F)
+            except ValueError as error:
+                said[name] = str(error)
+        ds_childtune.attach(others["wrapper"].engine, CHILD_F).detach()
+        first, *_ = others["tuple"]
+        ds_childtune.attach(first, CHILD_F)
+    return said
+
+
+def test_what_is_not_an_engine(pool: RankPool) -> None:
+    words = {
+        "module": "got OddModel. Remedy: attach to the engine around it",
+        "ddp": "got DistributedDataParallel. Remedy: attach to the engine around it",
+        "wrapper": "got Wrapper. Remedy: attach to the DeepSpeedEngine in its .engine",
+        "tuple": "got tuple. Remedy: attach to the first of what deepspeed.initialize returned",
+        "accelerator": "got Preparer. Remedy: attach to the model that its prepare() returned",
+        "trainer": "got Trainer. Remedy: attach to its .model_wrapped",
+        "None": "got NoneType. Remedy",
+    }
+    for said in pool[WORLD_SIZE].run(attach_to_others):
+        assert said.keys() == words.keys()
+        for name, text in said.items():
+            assert "[rank 1] attach: expected a DeepSpeedEngine" in text
+            assert words[name] in text
+
+
+def test_what_is_not_an_engine_before_there_is_a_process_group() -> None:
+    with pytest.raises(ValueError, match="expected a DeepSpeedEngine, got OddModel"):
+        ds_childtune.attach(build("odd"), CHILD_F)
