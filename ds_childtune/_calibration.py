@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,10 +17,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ds_childtune import _zero
-from ds_childtune._ranks import device, raise_together, sum_over_ranks
-from ds_childtune._zero_calibration import calibration
+from ds_childtune._ranks import device, raise_together, raising_together, sum_over_ranks
+from ds_childtune._reduction import Reduction, TakenTwice
+from ds_childtune._zero_calibration import (
+    Backward,
+    bucket_numel,
+    calibration,
+    hands_on,
+    loss_scale,
+    mixes_gradients,
+    pieces,
+    splits_parameters,
+)
 from ds_childtune.config import FisherConfig
-from ds_childtune.fisher import Fisher, FisherAccumulator, squared
+from ds_childtune.fisher import Fisher, FisherAccumulator
 from ds_childtune.shards import FlatShard
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -27,24 +38,85 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 
 def default_loss(engine: Any, batch: Any) -> Tensor:
-    """Hugging Face's convention: a mapping is spread into keywords, a sequence into arguments; the output has `.loss` or is it."""
-    batch = _to_device(batch, engine.device)
-    if isinstance(batch, Mapping):
-        output = engine(**batch)
-    elif isinstance(batch, (tuple, list)):
-        output = engine(*batch)
-    else:
-        output = engine(batch)
+    """Hugging Face's convention: a mapping is spread into keywords, a sequence into arguments.
+
+    The output has `.loss`, or `["loss"]`, or is the loss, or is a tuple that begins with it.
+    """
+    try:
+        output = _called_with(engine, _to_device(batch, engine.device))
+    except Exception as error:
+        if not _holds_tensor(batch):
+            raise ValueError(
+                f"select: expected micro-batches of tensors, got {_outline(batch)}, which looks like a row of a dataset; the model"
+                f" says {type(error).__name__}: {error}. Remedy: pass a DataLoader over the dataset, for example"
+                " trainer.get_train_dataloader()."
+            ) from error
+        if isinstance(error, TypeError):
+            raise ValueError(
+                f"select: expected a batch that the model can be called with, got {_outline(batch)}: {error}. {_OWN_LOSS}"
+            ) from error
+        raise
     if isinstance(output, Mapping):
         output = output.get("loss")
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
     loss = getattr(output, "loss", output)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+    if not _is_scalar(loss):
         raise ValueError(
-            f"select: expected the model to return a scalar loss, got {got}."
-            " Remedy: put labels into the calibration batches, or pass loss_fn(engine, batch) -> loss."
+            f"select: expected the model to return a scalar loss, got {_outline(loss)}. Remedy: put labels into the"
+            f" calibration batches, if the model makes its loss of them. {_OWN_LOSS}"
         )
-    return loss
+    return loss  # type: ignore[no-any-return]
+
+
+def _called_with(engine: Any, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return engine(**batch)
+    if isinstance(batch, (tuple, list)):
+        return engine(*batch)
+    return engine(batch)
+
+
+_OWN_LOSS = (
+    "Remedy for a loss that is computed outside the model, as DPO's is: pass loss_fn(engine, batch) -> loss;"
+    " with a Trainer, loss_fn=lambda engine, batch: trainer.compute_loss(engine, trainer._prepare_inputs(batch))."
+)
+
+
+def _is_scalar(loss: Any) -> bool:
+    return isinstance(loss, Tensor) and loss.numel() == 1
+
+
+def _holds_tensor(value: Any) -> bool:
+    """Whether there is a tensor, or an object that may hold one, anywhere in it."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return any(_holds_tensor(v) for v in value)
+    return value is not None and not isinstance(value, (str, bytes, int, float))
+
+
+def _outline(value: Any) -> str:
+    """What something is, in a few words."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        some = ", ".join(f"{k}: {type(v).__name__}" for k, v in list(value.items())[:4])
+        return f"{type(value).__name__} of {some}{', ...' if len(value) > 4 else ''}"
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {', '.join(type(v).__name__ for v in value[:4])}"
+    return type(value).__name__
+
+
+def check_batches(batches: Any) -> None:
+    """Raise ValueError for one micro-batch in place of an iterable of them, and for what cannot be iterated."""
+    if isinstance(batches, (Mapping, Tensor, str)) or not isinstance(batches, Iterable):
+        if hasattr(batches, "__getitem__") and not isinstance(batches, (Mapping, Tensor, str)):
+            return  # a torch Dataset, which python iterates by index
+        raise ValueError(
+            f"select: expected an iterable of micro-batches, got {_outline(batches)}."
+            " Remedy: pass a DataLoader or a list of micro-batches; for a single one, select([batch])."
+        )
 
 
 def estimate_fisher(
@@ -67,73 +139,144 @@ def estimate_fisher(
             "select: called between a micro-batch and its optimizer step, whose gradients would be lost."
             " Remedy: call it before training, or right after the step that ends an accumulation."
         )
-    if _zero.model_dtype(engine) is torch.float16 and config.estimator == "per_micro_batch":
-        raise NotImplementedError(
-            'ds_childtune does not support fisher.estimator "per_micro_batch" in fp16, where squares underflow.'
-            ' Remedy: use bf16, or fisher.estimator "per_global_batch".'
-        )
-    fisher_pass = _FisherPass(engine, shards, config)
-    with fisher_pass.hooks(parameters, eligible), _same_afterwards(engine, config.model_mode):
+    fisher_pass = _FisherPass(engine, parameters, shards, sorted(eligible), config)
+    with _same_afterwards(engine, config.model_mode):
         fisher_pass.run(batches, loss_fn)
-    return fisher_pass.finish(eligible)
+    return fisher_pass.finish()
 
 
 class _FisherPass:
-    """One pass: hooks see each parameter's gradient, `_receive` gets what is reduced. See [Note: squares before the reduction]."""
+    """One pass: backward makes gradients, `Reduction` sums them or their squares. See [Note: squares before the reduction]."""
 
-    def __init__(self, engine: Any, shards: Sequence[FlatShard], config: FisherConfig) -> None:
-        self.engine = engine
-        self._shards = shards
+    def __init__(
+        self,
+        engine: Any,
+        parameters: _zero.Parameters,
+        shards: Sequence[FlatShard],
+        names: Sequence[str],
+        config: FisherConfig,
+    ) -> None:
+        self._engine = engine
         self._config = config
+        self._parameters = {name: parameters.by_name[name] for name in names}
+        self._names = {parameter: name for name, parameter in self._parameters.items()}
         self._squares_here = config.estimator == "per_micro_batch"
-        self.accumulator = FisherAccumulator(shards, square=not self._squares_here, dtype=config.score_dtype)
+        self._accumulator = FisherAccumulator(shards, square=not self._squares_here, dtype=config.score_dtype)
+        self._reduction = Reduction(
+            pieces(engine, self._parameters),
+            dist.get_world_size() if splits_parameters(engine) else 1,
+            self._receive,
+            squares=self._squares_here,
+            clip=config.max_grad_norm,
+            most=bucket_numel(engine),
+        )
+        self._hands_on = hands_on(engine)
         self._reached: set[str] = set()
-        """Parameters that had a gradient in this batch."""
-        self._ever_reached: set[str] = set()
+        """Parameters that had a gradient in any micro-batch of this rank's."""
+        self._loss_scale = loss_scale(engine) if _zero.model_dtype(engine) is torch.float16 else None
+        """In fp16: the pass's own, which is halved when gradients overflow."""
+        self._pending: list[tuple[str, int, Tensor]] = []
+        """In fp16: what is added once it is known that nothing has overflowed."""
         self._weight = 1.0
         self._terms = 0
         """Terms of the mean: micro-batches, or global batches."""
 
-    @contextmanager
-    def hooks(self, parameters: _zero.Parameters, eligible: frozenset[str]) -> Iterator[None]:
-        handles = [parameters.by_name[name].register_hook(self._hook(name)) for name in sorted(eligible)]
+    def run(self, batches: Iterable[Any], loss_fn: LossFunction) -> None:
+        handles = [
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._reached.add(name))
+            for name, parameter in self._parameters.items()
+        ]
         try:
-            yield
+            with calibration(self._engine, self._ready) as backward:
+                for round_ in _rounds(batches, self._config.max_batches):
+                    self._micro_batch(round_, loss_fn, backward)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, name: str) -> Callable[[Tensor], Tensor | None]:
-        def on_gradient(grad: Tensor) -> Tensor | None:
-            self._reached.add(name)
-            return squared(grad, self._config.max_grad_norm) if self._squares_here else None
+    def _micro_batch(self, round_: _Round, loss_fn: LossFunction, backward: Backward) -> None:
+        self._reduction.begin(silent=not round_.own, loss_scale=self._loss_scale or 1.0)
+        loss = _finite_loss(self._engine, round_, loss_fn) * (float(round_.own) * (self._loss_scale or 1.0))
+        self._accumulator.next_term()
+        self._weight = 1.0 if self._squares_here else 1.0 / round_.active**2
+        error: Exception | None = None
+        gathering = splits_parameters(self._engine)
+        try:
+            backward(loss)
+            gathering = False
+            self._take_what_is_left()
+            self._reduction.finish()
+        except TakenTwice as twice:
+            error = NotImplementedError(_taken_twice(twice.name))
+        except Exception as caught:
+            error = caught
+        if error is not None and not gathering:
+            self._reduction.abandon()
+        raise_together(error)
+        self._end_micro_batch(round_)
 
-        return on_gradient
+    def _ready(self, parameter: Any) -> None:
+        """A gradient is whole: at ZeRO 2 and 3, in the backward pass."""
+        grad, parameter.grad = parameter.grad, None
+        name = self._names.get(parameter)
+        if name is not None:
+            self._reduction.add(name, grad)
 
-    def _receive(self, tensor: Tensor, start: int, grad: Tensor) -> None:
-        self.accumulator.add(tensor, start, grad, self._weight, absent=self._ever_reached - self._reached)
+    def _take_what_is_left(self) -> None:
+        """Whole gradients, where they have stayed on their parameters."""
+        if not self._hands_on:
+            for name, parameter in self._parameters.items():
+                grad, parameter.grad = parameter.grad, None
+                self._reduction.add(name, grad)
+        self._engine.zero_grad()
 
-    def run(self, batches: Iterable[Any], loss_fn: LossFunction) -> None:
-        world_size = dist.get_world_size()
-        with calibration(self.engine, self._shards, self._receive) as backward:
-            for round_ in _rounds(batches, self._config.max_batches):
-                loss = _finite_loss(self.engine, round_, loss_fn)
-                self._reached = set()
-                self.accumulator.next_term()
-                # DeepSpeed averages over all ranks, and ranks that only keep the others company add zeros.
-                self._weight = float(world_size) if self._squares_here else (world_size / round_.active) ** 2
-                finite = backward(loss if round_.own else loss * 0.0)
-                self._ever_reached |= self._reached
-                if finite:
-                    self._terms += round_.active if self._squares_here else 1
-                elif _zero.model_dtype(self.engine) is not torch.float16:
-                    # DeepSpeed skips a step on every rank alike. In fp16 that is how the loss scale is found.
-                    raise ValueError(_not_finite("gradients", round_.number))
+    def _receive(self, name: str, start: int, sums: Tensor) -> None:
+        if self._loss_scale is None:
+            self._accumulator.add(name, start, sums, self._weight)
+        else:
+            self._pending.append((name, start, sums.clone()))
 
-    def finish(self, eligible: frozenset[str]) -> Fisher:
+    def _end_micro_batch(self, round_: _Round) -> None:
+        """Check what the ranks have summed. A collective; the one moment of a micro-batch at which the host waits for the device."""
+        compared = mixes_gradients(self._engine) and (round_.own or self._hands_on)
+        digest = _digest(self._reduction.taken) if compared else None
+        extremes = [digest, -digest] if digest is not None else [-(1 << 62)] * 2
+        summary = torch.cat([torch.tensor(extremes, device=device()), self._reduction.not_finite.view(1).long()])
+        dist.all_reduce(summary, op=dist.ReduceOp.MAX)
+        largest, smallest, not_finite = summary.tolist()
+        if largest + smallest > 0:
+            raise NotImplementedError(self._mixed(round_, compared=compared))
+        if not not_finite:
+            for name, start, sums in self._pending:
+                self._accumulator.add(name, start, sums, self._weight)
+            self._terms += round_.active if self._squares_here else 1
+        elif self._loss_scale is None:
+            raise ValueError(_not_finite("gradients", round_.number))
+        else:
+            self._loss_scale /= 2
+        self._pending.clear()
+
+    def _mixed(self, round_: _Round, *, compared: bool) -> str:
+        """What to say when ranks have used different parameters in a micro-batch, or in another order. A collective."""
+        taken = set(self._reduction.taken)
+        used = torch.tensor([compared, *(compared and name in taken for name in self._parameters)], device=device())
+        used = used.long()
+        sum_over_ranks(used)
+        ranks, *counts = used.tolist()
+        some = [f"{n} on {count}" for n, count in zip(self._parameters, counts, strict=True) if 0 < count < ranks]
+        what = f"{len(some)} parameters on some of {ranks} ranks ({', '.join(some[:3])})" if some else "another order"
+        stage = self._engine.zero_optimization_stage()
+        return (
+            f"select: expected every rank to use the same parameters in calibration batch {round_.number}, in one order, got {what}."
+            f" At ZeRO stage {int(stage)} DeepSpeed would mix up gradients of different parameters, in training too."
+            " Remedy: use ZeRO stage 0, or stage 3 after deepspeed.utils.set_z3_leaf_modules(model, [class of the modules that"
+            " branch]), or let every micro-batch use every parameter."
+        )
+
+    def finish(self) -> Fisher:
         """Check that every eligible parameter had a gradient, and count the terms. A collective."""
-        names = sorted(eligible)
-        reached = torch.tensor([n in self._ever_reached for n in names], dtype=torch.int64, device=device())
+        names = list(self._parameters)
+        reached = torch.tensor([n in self._reached for n in names], dtype=torch.int64, device=device())
         sum_over_ranks(reached)
         missing = [n for n, count in zip(names, reached.tolist(), strict=True) if not count]
         if missing:
@@ -143,7 +286,21 @@ class _FisherPass:
             )
         if not self._terms:
             raise ValueError(_not_finite("gradients", 0))
-        return Fisher(self.accumulator.sums, self._terms)
+        return Fisher(self._accumulator.sums, self._terms)
+
+
+def _digest(names: Sequence[str]) -> int:
+    """Below 2**62, alike for the same names in the same order."""
+    text = "\0".join(names).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 2
+
+
+def _taken_twice(name: str) -> str:
+    return (
+        f"select: expected one gradient of each parameter in a backward pass, got that of {name} in parts: the module is used"
+        " several times under reentrant activation checkpointing, whose nested backward passes DeepSpeed reduces one by one."
+        " Remedy: checkpoint with use_reentrant=False, or calibrate without checkpointing."
+    )
 
 
 @dataclass(frozen=True)
@@ -199,16 +356,18 @@ def _catching(batches: Iterable[Any]) -> Iterator[tuple[tuple[Any] | None, Excep
 
 def _finite_loss(engine: Any, round_: _Round, loss_fn: LossFunction) -> Tensor:
     """This rank's loss; the ranks agree that each of them has one before any goes into the backward pass."""
-    loss, error = None, None
-    try:
+    loss: Any = None
+    with raising_together():
         loss = loss_fn(engine, round_.batch)
-        if not bool(torch.isfinite(loss.detach()).all()):
-            error = ValueError(_not_finite("loss", round_.number))
-    except Exception as caught:
-        error = caught  # type: ignore[assignment]
-    raise_together(error)
-    assert loss is not None
-    return loss
+        if not _is_scalar(loss) or not loss.requires_grad:
+            got = _outline(loss) + (" without a graph" if _is_scalar(loss) else "")
+            raise ValueError(
+                f"select: expected loss_fn(engine, batch) to return a scalar loss with a graph, got {got}. Remedy: return the"
+                ' loss itself, for example output["loss"] or output[0], made by calling the engine.'
+            )
+        if not bool(loss.detach().isfinite()):
+            raise ValueError(_not_finite("loss", round_.number))
+    return loss  # type: ignore[no-any-return]
 
 
 def _not_finite(what: str, number: int) -> str:
@@ -229,18 +388,24 @@ def _no_batches(has_batch: Tensor) -> str:
 
 @contextmanager
 def _same_afterwards(engine: Any, model_mode: str) -> Iterator[None]:
-    """Put back the random number generators and every module's training flag; run in `model_mode` meanwhile."""
+    """Put back the random number generators, every module's training flag and its buffers; run in `model_mode` meanwhile."""
     accelerator = get_accelerator()
     on_device = accelerator.device_name() != "cpu"
     training = {module: module.training for module in engine.module.modules()}
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     device_state = accelerator.get_rng_state() if on_device else None
+    # What a forward pass changes, BatchNorm's statistics above all, it may change without a trace in the tensor's version.
+    buffers = [(m, name, b, b.clone()) for m in training for name, b in m._buffers.items() if b is not None]
     engine.module.train(model_mode == "train")
     try:
         yield
     finally:
         for module, flag in training.items():
             module.training = flag
+        for module, name, buffer, values in buffers:
+            module._buffers[name] = buffer
+            if not buffer.is_inference():
+                buffer.copy_(values)
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -16,6 +19,12 @@ from torch import Tensor
 T = TypeVar("T")
 
 _RAISABLE = (ValueError, NotImplementedError, RuntimeError)
+
+_PATIENCE = 60.0
+"""Seconds that a failing rank waits for the others, which may be slower, but not by much."""
+
+_agreements = itertools.count()
+"""Numbers `raise_together`, alike on every rank."""
 
 
 def device() -> torch.device:
@@ -82,20 +91,69 @@ def raising_together() -> Iterator[None]:
 
 
 def raise_together(error: Exception | None) -> None:
-    """Raise on every rank if `error` is not None on any. A collective; one small all-reduce when nothing is wrong."""
-    failed = torch.tensor([error is not None], dtype=torch.int64, device=device())
-    dist.all_reduce(failed)
-    if int(failed) == 0:
+    """Raise on every rank if `error` is not None on any. A collective; one small all-reduce when nothing is wrong.
+
+    A failing rank prints its error at once, as the others may be where they do not hear of it: inside a collective of the data
+    loader's or the model's that this rank will never join. It waits for them for a while only, and then raises alone; they are
+    left to the process group's time-out, or to the launcher, which ends a job that has lost a rank.
+
+    Raises:
+        Unanswered: on a failing rank, when the others did not come.
+    """
+    rank, number = dist.get_rank(), next(_agreements)
+    failed = torch.zeros((dist.get_world_size() + 31) // 32, dtype=torch.int64, device=device())
+    if error is None:
+        dist.all_reduce(failed)
+    else:
+        kind, text = _kind_and_text(error)
+        print(f"[rank {rank}] ds_childtune: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        _default_store().set(_report_key(number, rank), f"{kind} {text}")
+        failed[rank // 32] = 1 << rank % 32
+        if not _all_reduce_in_time(failed):
+            raise Unanswered(
+                f"[rank {rank}] {text} (The other ranks did not answer in {_PATIENCE:.0f} s, so this rank raises alone: they"
+                " are probably waiting for it in a collective of the data loader or the model.)"
+            ) from error
+    ranks = [32 * i + bit for i, word in enumerate(failed.tolist()) for bit in range(32) if word >> bit & 1]
+    if not ranks:
         return
+    first, others = ranks[0], len(ranks) - 1
+    kind, _, text = _default_store().get(_report_key(number, first)).decode().partition(" ")
+    where = f"[rank {first}{f' and {others} more' if others else ''}]"
+    raise _RAISABLE[int(kind)](f"{where} {text}") from error
+
+
+class Unanswered(RuntimeError):
+    """An error of this rank that the others could not be told of. What is left on them cannot be put in order together."""
+
+
+def _kind_and_text(error: Exception) -> tuple[int, str]:
     kind = next((i for i, k in enumerate(_RAISABLE) if isinstance(error, k)), len(_RAISABLE) - 1)
-    text = None
-    if error is not None:
-        text = str(error) if isinstance(error, _RAISABLE) else f"{type(error).__name__}: {error}"
-    reports = gather_objects((kind, text))
-    rank, (kind, text) = next((r, report) for r, report in enumerate(reports) if report[1] is not None)
-    others = sum(report[1] is not None for report in reports) - 1
-    where = f"[rank {rank}{f' and {others} more' if others else ''}]"
-    raise _RAISABLE[kind](f"{where} {text}") from error
+    return kind, str(error) if isinstance(error, _RAISABLE) else f"{type(error).__name__}: {error}"
+
+
+def _all_reduce_in_time(tensor: Tensor) -> bool:
+    """False when the other ranks have not come in time, or one of them has died."""
+    work = dist.all_reduce(tensor, async_op=True)
+    deadline = time.monotonic() + _PATIENCE
+    while not work.is_completed():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
+    try:
+        work.wait()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _report_key(number: int, rank: int) -> str:
+    return f"ds_childtune/error/{number}/{rank}"
+
+
+def _default_store() -> Any:
+    """Where a failing rank leaves its words: reading them needs no collective that it would have to take part in."""
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def check_same(text: str, what: str) -> None:

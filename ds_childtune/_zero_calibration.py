@@ -1,139 +1,145 @@
-"""Backward passes whose gradients go elsewhere than into a step. Reads DeepSpeed's attributes, as `_zero.py` does.
+"""Backward passes whose gradients stay whole and on their ranks. Reads DeepSpeed's attributes, as `_zero.py` does.
 
-[Note: two ways to see gradients]
-ZeRO-3 reduces a bucket of parameters at a time and hands this rank's partitions to its `partition_grads`, which keeps them until
-the step. A calibration pass takes them right there, so that it needs neither the buffer that they are kept in, nor the fp32
-gradient that a step makes of it, nor the norm. Everywhere else - other stages, offload, fp16 with its loss scale - the pass goes
-through DeepSpeed's own step with the base optimizer's taken out, which unscales, checks for overflow, and sets `.grad`.
+[Note: before DeepSpeed reduces]
+A calibration pass goes through `engine.backward`, as ZeRO-3 gathers parameters in it, but nothing of DeepSpeed's takes gradients: the
+methods that would are replaced on the instance, by the class of `engine.optimizer`:
+
+    DeepSpeedZeroOptimizer_Stage3    reduce_ready_partitions_and_remove_grads     hands each gradient on as soon as it is whole
+    DeepSpeedZeroOptimizer           process_gradients                            likewise at ZeRO-2, which keeps no whole gradients
+    BF16_Optimizer                   accumulate_hp_grads_and_remove_lp            nothing
+    all but the first                backward_epilogue                            nothing
+    every ZeROOptimizer              scale_if_loss                                nothing; the pass has a loss scale of its own
+    the engine                       inside_no_sync_ctxt                          True, as in its `no_sync`
+
+So buckets, masters, gradient buffers, the loss scaler and the base optimizer are not touched, and nothing of them has to be put back.
+At ZeRO 0 and 1, which keep whole gradients in training too, they stay on the parameters until the backward pass has returned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ds_childtune import _zero
-from ds_childtune._ranks import device, sum_over_ranks
-from ds_childtune.shards import FlatShard
+from ds_childtune._ranks import Unanswered
+from ds_childtune._reduction import Piece
 
 Engine = Any
 
-Receive = Callable[[Tensor, int, Tensor], None]
-"""`receive(flat_shard, start, gradient)`: this rank's reduced gradient, 1-D, of the elements of the flat shard from `start` on."""
+Backward = Callable[[Tensor], None]
+"""`backward(loss)`: one backward pass; gradients are handed on, or stay on the parameters."""
 
-Backward = Callable[[Tensor], bool]
-"""`backward(loss)`: one backward pass with its own reduction; False where DeepSpeed would skip the step, for inf or NaN."""
+Ready = Callable[[Any], None]
+"""`ready(parameter)`: its `.grad` is whole, and is the callee's."""
 
-
-@dataclass
-class _Snapshot:
-    """What a calibration pass touches, as it was."""
-
-    optimizer: Any
-    values: dict[str, Any] = field(default_factory=dict)
-    loss_scaler: dict[str, Any] | None = None
-    state_keys: set[int] = field(default_factory=set)
-
-    _ATTRIBUTES = ("clip_grad", "micro_step_id", "_global_grad_norm", "overflow", "_hp_optimizer_states_linked")
-
-    @classmethod
-    def take(cls, engine: Engine) -> _Snapshot:
-        optimizer = engine.optimizer
-        snapshot = cls(optimizer)
-        snapshot.values = {a: getattr(optimizer, a) for a in cls._ATTRIBUTES if hasattr(optimizer, a)}
-        scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
-        snapshot.loss_scaler = dict(vars(scaler)) if scaler is not None else None
-        snapshot.state_keys = {id(p) for p in _zero.base_optimizer(engine).state}
-        return snapshot
-
-    def restore(self, engine: Engine) -> None:
-        for attribute, value in self.values.items():
-            setattr(self.optimizer, attribute, value)
-        scaler = getattr(self.optimizer, "loss_scaler", None) or getattr(self.optimizer, "loss_scale_config", None)
-        if scaler is not None and self.loss_scaler is not None:
-            vars(scaler).update(self.loss_scaler)
-        # ZeRO 1 and 2 look up the base optimizer's state after a step, and its defaultdict then makes empty entries.
-        state = _zero.base_optimizer(engine).state
-        for tensor in [t for t in state if id(t) not in self.state_keys]:
-            del state[tensor]
-        _clear_gradients(engine)
+_BUCKET = 1 << 25
+"""Elements of the pass's bucket, at most: 128 MiB in fp32."""
 
 
-def _clear_gradients(engine: Engine) -> None:
-    """Leave no square where a training step could read it as a gradient."""
+def hands_on(engine: Engine) -> bool:
+    """Whether gradients are handed on during the backward pass. See [Note: before DeepSpeed reduces]."""
+    return splits_parameters(engine) or bool(getattr(engine.optimizer, "partition_gradients", False))
+
+
+def splits_parameters(engine: Engine) -> bool:
+    """Whether every parameter is split over all ranks, which gather them in forward and backward: ZeRO-3."""
+    return hasattr(engine.optimizer, "fp32_partitioned_groups_flat")
+
+
+def mixes_gradients(engine: Engine) -> bool:
+    """Whether ranks whose micro-batches reach different parameters train something else than their mean: ZeRO 1 to 3."""
+    return int(engine.zero_optimization_stage()) > 0
+
+
+def pieces(engine: Engine, parameters: Mapping[str, nn.Parameter]) -> dict[str, Piece]:
+    """How each parameter is split over the ranks."""
+    if not splits_parameters(engine):
+        return {name: Piece(p.numel(), p.numel()) for name, p in parameters.items()}
+    named: Mapping[str, Any] = parameters
+    return {name: Piece(p.ds_numel, p.partition_numel()) for name, p in named.items()}
+
+
+def bucket_numel(engine: Engine) -> int:
+    """Elements of the pass's bucket: as many as training's, up to a limit."""
+    return min(int(engine._config.zero_config.reduce_bucket_size), _BUCKET)
+
+
+def loss_scale(engine: Engine) -> float:
+    """What training multiplies an fp16 loss by at the moment."""
     optimizer = engine.optimizer
-    optimizer.zero_grad()
-    engine.zero_grad()
-    # ZeRO-3 keeps its gradient partitions, and CPU offload the flat shards' `.grad`, from step to step; a parameter that
-    # the next backward does not reach would be stepped with what they hold.
-    partitions = getattr(optimizer, "grad_partitions_flat_buffer", None)
-    if partitions is not None:
-        partitions.zero_()
-    for group in _zero.base_optimizer(engine).param_groups:
-        for tensor in group["params"]:
-            if tensor.grad is not None:
-                tensor.grad.zero_()
-    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-        for tensor in getattr(optimizer, name, ()):
-            if tensor.grad is not None:
-                tensor.grad.zero_()
+    scaler: Any = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+    return float(scaler.cur_scale)
 
 
 @contextmanager
-def calibration(engine: Engine, shards: Sequence[FlatShard], receive: Receive) -> Iterator[Backward]:
-    """Run backward passes whose gradients go to `receive` instead of into a step; afterwards the engine is as before.
+def calibration(engine: Engine, ready: Ready) -> Iterator[Backward]:
+    """Run backward passes without a reduction; afterwards the engine is as before, also after an exception.
 
     Args:
-        shards: of `_zero.read_flat_shards`.
+        ready: called where `hands_on(engine)`.
 
     Yields:
-        `backward(loss)`. The gradients that `receive` is given are unscaled and not clipped; no weight moves.
+        `backward(loss)`. The loss is not scaled; no weight moves.
     """
-    if not engine.managed_gradient_accumulation():
-        raise NotImplementedError(
-            "ds_childtune cannot run a Fisher pass with managed_gradient_accumulation: false."
-            " Remedy: leave DeepSpeed in charge of gradient accumulation."
-        )
     optimizer: Any = engine.optimizer
-    snapshot = _Snapshot.take(engine)
-    _clear_gradients(engine)
-    if hasattr(optimizer, "clip_grad"):
-        optimizer.clip_grad = 0.0
-    boundary = engine._is_gradient_accumulation_boundary
-    engine.set_gradient_accumulation_boundary(True)
-    try:
-        if sees_partitions(engine):
-            with _from_partitions(engine, [s.tensor for s in shards], receive) as backward:
-                yield backward
-        else:
-            with _from_steps(engine, receive) as backward:
-                yield backward
-    finally:
-        engine.set_gradient_accumulation_boundary(False)
-        # The caller's own, which an engine that manages accumulation itself has not.
-        engine._is_gradient_accumulation_boundary = boundary
-        if hasattr(optimizer, "set_gradient_accumulation_boundary"):
-            optimizer.set_gradient_accumulation_boundary(engine.is_gradient_accumulation_boundary())
-        snapshot.restore(engine)
+    before = _values(engine)
+    depth = len(_modules_in_forward(engine))
+    engine.zero_grad()
+    with ExitStack() as overrides:
+        for name, method in _replacements(engine, ready).items():
+            overrides.enter_context(_replaced(optimizer, name, method))
+        engine.inside_no_sync_ctxt = True
+        try:
+            yield lambda loss: _backward(engine, loss)
+        except Exception as error:
+            if not isinstance(error, Unanswered):  # what the ranks do together would never end
+                del _modules_in_forward(engine)[depth:]
+                _end_pass(engine)
+            raise
+        finally:
+            for owner, name, value in before:
+                setattr(owner, name, value)
+            engine.zero_grad()
 
 
-def sees_partitions(engine: Engine) -> bool:
-    """Whether a pass needs nothing of what a step needs. See [Note: two ways to see gradients]."""
+def _values(engine: Engine) -> list[tuple[Any, str, Any]]:
+    """What a pass touches, as it is: owner, name, value."""
     optimizer = engine.optimizer
-    return (
-        hasattr(optimizer, "fp32_partitioned_groups_flat")
-        and not optimizer.offload_optimizer
-        and optimizer.dtype != torch.float16
-    )
+    kept = [(engine, name) for name in ("inside_no_sync_ctxt", "_unmanaged_backward_count")]
+    kept += [(optimizer, name) for name in ("_is_gradient_accumulation_boundary", "micro_step_id")]
+    return [(owner, name, getattr(owner, name)) for owner, name in kept if hasattr(owner, name)]
+
+
+def _replacements(engine: Engine, ready: Ready) -> dict[str, Callable[..., Any]]:
+    """See [Note: before DeepSpeed reduces]."""
+
+    def nothing(*_: object, **__: object) -> None:
+        pass
+
+    def hand_on(param: Any, *_: object) -> None:
+        # Not yet where a loop over one computation makes a gradient in parts, which autograd adds up.
+        if getattr(param, "ds_grad_is_ready", True):
+            ready(param)
+
+    optimizer = engine.optimizer
+    replaced: dict[str, Callable[..., Any]] = {}
+    if splits_parameters(engine):
+        replaced["reduce_ready_partitions_and_remove_grads"] = hand_on
+    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+        replaced["process_gradients"] = hand_on if hands_on(engine) else nothing
+        replaced["backward_epilogue"] = nothing
+    elif hasattr(optimizer, "fp32_groups_flat_partition"):
+        replaced["accumulate_hp_grads_and_remove_lp"] = nothing
+        replaced["backward_prologue"] = replaced["backward_epilogue"] = nothing
+    if hasattr(optimizer, "scale_if_loss"):
+        replaced["scale_if_loss"] = lambda loss: loss
+    return replaced
 
 
 @contextmanager
-def overridden(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
     """`method` in place of the instance's for the length of a `with`; what the instance had of its own comes back."""
     before = vars(owner).get(name)
     setattr(owner, name, method)
@@ -150,57 +156,43 @@ def _backward(engine: Engine, loss: Tensor) -> None:
     # A tensor of our own: DeepSpeed divides by the accumulation steps in a hook on the output, unless a hook on the loss that it
     # is given has fired before; at stage 0 both would be the same tensor, and its own would come second.
     engine.backward(loss * 1.0, scale_wrt_gas=False)
+    if splits_parameters(engine):
+        _partition_parameters(engine.optimizer)
 
 
-@contextmanager
-def _from_steps(engine: Engine, receive: Receive) -> Iterator[Backward]:
-    optimizer: Any = engine.optimizer
-    base: Any = _zero.base_optimizer(engine)
-    received = [False]
-
-    def step(*_: object, **__: object) -> None:
-        received[0] = True
-        for tensor in (p for group in base.param_groups for p in group["params"]):
-            if tensor.grad is not None:
-                receive(tensor, 0, tensor.grad.detach().view(-1))
-
-    def backward(loss: Tensor) -> bool:
-        received[0] = False
-        _backward(engine, loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        engine.zero_grad()
-        return received[0]
-
-    # An lr scheduler leaves its own wrapper in the instance's `step`.
-    with overridden(base, "step", step):
-        yield backward
+def _partition_parameters(optimizer: Any) -> None:
+    """As ZeRO-3's step does: the next forward pass may read small parameters, which are to be whole between steps, by themselves."""
+    optimizer._partition_all_parameters()
+    persistent = optimizer.persistent_parameters
+    if persistent:
+        persistent[0].all_gather(persistent)
 
 
-@contextmanager
-def _from_partitions(engine: Engine, flats: Sequence[Tensor], receive: Receive) -> Iterator[Backward]:
-    optimizer: Any = engine.optimizer
-    sums: list[Tensor] = []
-    """Of each partition: inf or NaN where it holds any."""
+def _modules_in_forward(engine: Engine) -> list[Any]:
+    """The modules that ZeRO-3 believes to be in their forward, for all engines of the process."""
+    if not splits_parameters(engine):
+        return []
+    from deepspeed.runtime.zero import parameter_offload
 
-    def partition_grads(params: list[Any], partitions: list[Tensor]) -> None:
-        for param, partition in zip(params, partitions, strict=True):
-            sub_group, start, _ = optimizer.grad_position[optimizer.get_param_id(param)]
-            gradient = partition.view(-1)
-            sums.append(gradient.sum(dtype=torch.float32))
-            receive(flats[sub_group], start, gradient)
-            param.grad = None
+    stack: list[Any] = parameter_offload.FWD_MODULE_STACK
+    return stack
 
-    def backward(loss: Tensor) -> bool:
-        sums.clear()
-        _backward(engine, loss)
-        optimizer.averaged_gradients = {}
-        optimizer.zero_grad()
-        engine.zero_grad()
-        bad = (~torch.stack(sums).isfinite()).sum() if sums else torch.zeros((), dtype=torch.int64)
-        bad = bad.to(device())
-        sum_over_ranks(bad)
-        return not bad
 
-    with overridden(optimizer, "partition_grads", partition_grads):
-        yield backward
+def _end_pass(engine: Engine) -> None:
+    """End a forward or backward pass that an exception has interrupted. A collective."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "exit_backward"):
+        while optimizer._backward_active_depth:
+            optimizer.exit_backward()
+        optimizer.clear_backward_seen_flag()
+    if not splits_parameters(engine):
+        return
+    for module in engine.module.modules():
+        if hasattr(module._parameters, "_in_forward"):
+            module._parameters._in_forward = False
+    coordinator = optimizer.parameter_offload.get_param_coordinator()
+    # Half of a trace would be taken for a whole one.
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+    coordinator.release_backward_leftovers()
+    _partition_parameters(optimizer)

@@ -13,8 +13,7 @@ needed: no gradient but the child's is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -69,14 +68,6 @@ class NormOfChild:
 
     def remove(self) -> None:
         delattr(self._where, self._name)
-
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
-        self.remove()
-        try:
-            yield
-        finally:
-            self.install()
 
     def _mask_partitions(self) -> None:
         optimizer = self._optimizer

@@ -26,7 +26,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_childtune._zero_calibration import sees_partitions
 from ds_childtune._zero_lean import make_gradient_buffer, parameters, settle_gradients
 from ds_childtune.child_shards import ChildShard, put_
 
@@ -75,7 +74,6 @@ class ZeroThreePlumbing:
 
     def __init__(self, engine: Any) -> None:
         self._optimizer = engine.optimizer
-        self.calibrates = sees_partitions(engine)
         self._partitions: dict[int, _Partition] = {}
         """By `ds_id` of the parameter."""
         self._flats: list[Tensor] = []

@@ -46,7 +46,6 @@ class ZeroTwoPlumbing:
     """See [Note: ZeRO-2 on child shards]. The order of shards is that of `read_flat_shards`."""
 
     norm_is_child = False
-    calibrates = False
 
     def __init__(self, engine: Any) -> None:
         self._optimizer = engine.optimizer

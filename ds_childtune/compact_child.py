@@ -22,7 +22,6 @@ is keyed by `ChildShard.tensor`: that is all of a child's state.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -41,9 +40,6 @@ class DeepPlumbing(Protocol):
 
     norm_is_child: bool
     """Whether the norm that DeepSpeed takes is the child's gradient's."""
-
-    calibrates: bool
-    """Whether a Fisher pass runs on an engine whose flat shards are let go."""
 
     def install(self, shards: Sequence[ChildShard]) -> None:
         """DeepSpeed runs on child shards; flat shards become views of the parameters that the forward pass uses."""
@@ -112,18 +108,6 @@ class CompactChild:
     def norm_is_child(self) -> bool:
         """Whether DeepSpeed sees no other gradient than the child's."""
         return self.plumbing is not None and self.plumbing.norm_is_child
-
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """A Fisher pass can run for the length of a `with`, on dense flat shards if it takes those. Nothing must be stepped in it."""
-        if self.plumbing is None or self.plumbing.calibrates:
-            yield
-            return
-        self._make_dense()
-        try:
-            yield
-        finally:
-            self.plumbing.install(list(self.shards.values()))
 
     def shard_of(self) -> dict[Tensor, FlatShard]:
         """The flat shard of every tensor that the base optimizer may be handed."""

@@ -5,32 +5,23 @@ Section 3.2 of Xu et al. (EMNLP 2021, arXiv 2109.05687): F_i is the mean over th
 
 [Note: squares before the reduction]
 A shard that squares its *reduced* gradient gets (mean over W ranks)^2: signal^2 + noise / W, another child for every world
-size. So `per_micro_batch` squares first: a tensor hook replaces each eligible parameter's micro-batch gradient by its
-square, DeepSpeed reduces squares, and the accumulator adds the shard that it is handed. With M micro-batches over all
-ranks, F = (1 / M) * sum of (micro-batch gradient)^2, whatever the world size, the ZeRO stage and the accumulation steps;
-at micro-batch size 1 it is the paper's formula. `per_global_batch` squares the reduced gradient and depends on all of them.
+size. So `per_micro_batch` squares first: each rank squares its own micro-batch's whole gradient in fp32, squares are summed
+over the ranks in fp32 (see [Note: the pass's own reduction]), and the accumulator adds what this rank's shards hold of the sums.
+With M micro-batches over all ranks, F = (1 / M) * sum of (micro-batch gradient)^2, whatever the world size, the ZeRO stage, the
+accumulation steps, and the dtype that training reduces in; at micro-batch size 1 it is the paper's formula. `per_global_batch`
+squares the mean gradient of all ranks and depends on how many there are.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ds_childtune.scores import Rounding, ScoreDtype, Scores, new_scores
 from ds_childtune.shards import FlatShard
-
-
-def squared(grad: Tensor, max_grad_norm: float | None) -> Tensor:
-    """The square of one parameter's gradient, clipped to `max_grad_norm` first, in the dtype of `grad`."""
-    if max_grad_norm is not None:
-        # torch.nn.utils.clip_grad_norm_'s formula, which the original code applies to each tensor alone.
-        scale = (max_grad_norm / (grad.float().norm() + 1e-6)).clamp(max=1.0)
-        grad = grad * scale.to(grad.dtype)
-    return grad * grad
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ class FisherAccumulator:
     def __init__(self, shards: Sequence[FlatShard], *, square: bool, dtype: ScoreDtype = "fp32") -> None:
         """
         Args:
-            square: True to square here, after the reduction (`per_global_batch`); False when hooks have squared already.
+            square: True to square here, after the reduction (`per_global_batch`); False when ranks have squared already.
             dtype: see [Note: e8m8] in scores.py.
         """
         self._square = square
@@ -60,35 +51,41 @@ class FisherAccumulator:
             [Scores(f.name, f.param_start, new_scores(f.numel, dtype, s.tensor.device), f.counted) for f in s.eligible]
             for s in shards
         ]
-        self._shards = {s.tensor: (s, sums) for s, sums in zip(shards, self.sums, strict=True)}
-        self._starts = {s.tensor: [f.shard_start for f in s.eligible] for s in shards}
+        self._of: dict[str, list[Scores]] = {}
+        """This rank's fragments of each parameter."""
+        for scores in self.sums:
+            for total in scores:
+                self._of.setdefault(total.name, []).append(total)
 
     def next_term(self) -> None:
         """Call it before the gradients of another term of the mean are added."""
         self._terms += 1
 
-    def add(self, tensor: Tensor, start: int, grad: Tensor, weight: float, absent: Collection[str] = ()) -> None:
-        """Add a gradient of the flat shard `tensor`.
+    def add(self, name: str, start: int, values: Tensor, weight: float = 1.0) -> None:
+        """Add gradients or squares of a parameter's elements; those that lie in no fragment of this rank's are ignored.
 
         Args:
-            start: of `grad` in the flat shard. Every fragment lies inside `grad`, or outside.
-            grad: 1-D.
+            start: index, in the flattened parameter, of the first element of `values`.
+            values: fp32 1-D.
             weight: factor of what is added.
-            absent: parameters that the backward pass did not reach: what `grad` holds of them is stale.
         """
-        shard, sums = self._shards[tensor]
-        starts = self._starts[tensor]
-        inside = slice(bisect_left(starts, start), bisect_left(starts, start + grad.numel()))
-        for fragment, total in zip(shard.eligible[inside], sums[inside], strict=True):
-            if fragment.name not in absent:
-                self._add(total, grad.narrow(0, fragment.shard_start - start, fragment.numel), weight)
+        for total in self._of.get(name, ()):
+            first = max(start, total.param_start)
+            last = min(start + values.numel(), total.param_start + total.values.numel())
+            if first < last:
+                part = total.values[first - total.param_start : last - total.param_start]
+                self._add(
+                    replace(total, param_start=first, values=part),
+                    values[first - start : last - start].to(part.device),
+                    weight,
+                )
 
-    def _add(self, total: Scores, grad: Tensor, weight: float) -> None:
+    def _add(self, total: Scores, values: Tensor, weight: float) -> None:
         if total.values.dtype != torch.float32:
-            if grad.device not in self._rounding:
-                self._rounding[grad.device] = Rounding(grad.device)
-            self._rounding[grad.device].add_(total, grad, weight, self._terms, square=self._square)
+            if values.device not in self._rounding:
+                self._rounding[values.device] = Rounding(values.device)
+            self._rounding[values.device].add_(total, values, weight, self._terms, square=self._square)
         elif self._square:
-            total.values.addcmul_(grad, grad, value=weight)
+            total.values.addcmul_(values, values, value=weight)
         else:
-            total.values.add_(grad, alpha=weight)
+            total.values.add_(values, alpha=weight)

@@ -6,7 +6,6 @@ import difflib
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ds_childtune import _zero, _zero_clip, _zero_depth, _zero_layout, _zero_reads
-from ds_childtune._calibration import LossFunction, default_loss, estimate_fisher
+from ds_childtune._calibration import LossFunction, check_batches, default_loss, estimate_fisher
 from ds_childtune._ranks import check_same, device, raising_together, sum_over_ranks, tell
 from ds_childtune.attached import Attached, ChildState, Policy, Resumed
 from ds_childtune.checkpoint import Checkpoints
@@ -138,19 +137,17 @@ class ChildTuner:
             ValueError, RuntimeError: on every rank; see `select`.
         """
         self._check_attached()
-        with (
-            self._policy.suspended() if isinstance(self._policy, CompactChild) else nullcontext(),
-            self._norm.suspended() if self._norm is not None else nullcontext(),
-        ):
-            return estimate_fisher(
-                self.engine,
-                self._parameters,
-                self._open_shards(),
-                self._open(),
-                batches,
-                self.config.fisher,
-                loss_fn or default_loss,
-            )
+        with raising_together():
+            check_batches(batches)
+        return estimate_fisher(
+            self.engine,
+            self._parameters,
+            self._open_shards(),
+            self._open(),
+            batches,
+            self.config.fisher,
+            loss_fn or default_loss,
+        )
 
     def gather_fisher(self, fisher: Fisher, name: str) -> Tensor:
         """fp32 of the eligible parameter's full shape, on every rank. A collective."""

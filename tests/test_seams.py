@@ -34,6 +34,7 @@ ENGINE = (
     "_config.zero_config.zero_hpz_partition_size",
     "_is_gradient_accumulation_boundary",
     "_unmanaged_backward_count",
+    "_config.zero_config.reduce_bucket_size",
     "autotp_size()",
     "backward()",
     "basic_optimizer._optimizer_step_pre_hooks",
@@ -52,6 +53,7 @@ ENGINE = (
     "gradient_clipping()",
     "gradient_accumulation_steps()",
     "has_moe_layers",
+    "inside_no_sync_ctxt",
     "is_deepcompile_enabled()",
     "is_gradient_accumulation_boundary()",
     "load_checkpoint()",
@@ -60,15 +62,12 @@ ENGINE = (
     "micro_steps",
     "module",
     "mpu",
-    "optimizer.step()",
-    "optimizer.zero_grad()",
     "pipeline_parallelism",
     "save_checkpoint()",
     "save_non_zero_checkpoint",
     "save_zero_checkpoint",
     "seq_data_parallel_group",
     "sequence_parallel_size",
-    "set_gradient_accumulation_boundary()",
     "skipped_steps",
     "super_offload()",
     "torch_autocast_z0_gradscaler",
@@ -76,6 +75,7 @@ ENGINE = (
     "zero_elastic_checkpoint()",
     "zenflow",
     "zero_grad()",
+    "zero_optimization_stage()",
     "zero_partial_offload()",
 )
 """Read on every engine; a method ends in ()."""
@@ -87,7 +87,7 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
     "AdamW": (Setup("odd", stage=0), ("param_groups",)),
     "FP16_UnfusedOptimizer": (
         Setup("odd", stage=0, bf16=True),
-        ("optimizer", "fp32_groups", "fp16_groups", "clip_grad", "overflow", "loss_scale_config"),
+        ("optimizer", "fp32_groups", "fp16_groups", "loss_scale_config.cur_scale"),
     ),
     "FP16_Optimizer": (
         Setup("odd", stage=0, bf16=True, optimizer=FUSED),
@@ -98,9 +98,7 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
             "fp16_groups_flat",
             "state_dict()",
             "load_state_dict()",
-            "clip_grad",
-            "overflow",
-            "loss_scale_config",
+            "loss_scale_config.cur_scale",
             "fused_adam_legacy",
         ),
     ),
@@ -110,7 +108,13 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
             "optimizer",
             "fp32_groups_flat_partition",
             "bf16_groups",
-            "clip_grad",
+            "_backward_active_depth",
+            "accumulate_hp_grads_and_remove_lp()",
+            "backward_epilogue()",
+            "backward_prologue()",
+            "clear_backward_seen_flag()",
+            "exit_backward()",
+            "scale_if_loss()",
             "dp_process_group",
             "update_lp_params()",
         ),
@@ -125,11 +129,16 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
             "round_robin_bit16_groups",
             "round_robin_bit16_offsets",
             "offload_gradient_dict",
-            "clip_grad",
+            "_backward_active_depth",
+            "_is_gradient_accumulation_boundary",
+            "backward_epilogue()",
+            "clear_backward_seen_flag()",
+            "exit_backward()",
+            "loss_scaler.cur_scale",
             "micro_step_id",
-            "loss_scaler",
-            "_global_grad_norm",
-            "overflow",
+            "partition_gradients",
+            "process_gradients()",
+            "scale_if_loss()",
             "torch_autocast_gradscaler",
             "averaged_gradients",
             "cpu_offload",
@@ -155,14 +164,19 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
             "fp16_groups",
             "grad_position",
             "get_param_id()",
-            "clip_grad",
+            "_backward_active_depth",
             "_get_param_partition_rank()",
             "_clear_fp32_optimizer_param_groups()",
+            "_is_gradient_accumulation_boundary",
+            "_partition_all_parameters()",
+            "clear_backward_seen_flag()",
+            "exit_backward()",
             "grad_partitions_flat_buffer",
+            "loss_scaler.cur_scale",
             "micro_step_id",
-            "_global_grad_norm",
-            "overflow",
-            "set_gradient_accumulation_boundary()",
+            "parameter_offload.get_param_coordinator()",
+            "persistent_parameters",
+            "scale_if_loss()",
             "dp_process_group",
             "sub_group_to_group_id",
             "checkpoint_event_prologue()",
@@ -195,6 +209,8 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "_create_fp32_partitions": (),
     "_setup_for_real_optimizer": (),
     "partition_grads": ("params_to_release", "grad_partitions"),
+    "reduce_ready_partitions_and_remove_grads": ("param",),
+    "scale_if_loss": ("value",),
     "_prepare_fp32_grad_for_sub_group": ("sub_group_id",),
     "_reassign_or_swap_out_partitioned_parameters": ("sub_group_id",),
     "_get_fp32_opt_state_partition": ("param", "release_swap_buffers", "optim_state_key"),
@@ -247,6 +263,10 @@ def missing_after_a_step(name: str) -> list[str]:
             lines += missing_on(trainable[0], (*PARTITIONED, "ds_id", "partition_numel()"), "parameter")
             lines += missing_on(optimizer.fp32_partitioned_groups_flat[0], ("ds_id",), "flat shard")
             position = optimizer.grad_position[optimizer.get_param_id(trainable[0])]
+            coordinator = optimizer.parameter_offload.get_param_coordinator()
+            tracing = ("is_invalid_trace()", "_invalidate_trace()", "release_backward_leftovers()")
+            lines += missing_on(coordinator, tracing, "parameter coordinator")
+            lines += missing_on(engine.module._parameters, ("_in_forward",), "ZeRO-3's dictionary of parameters")
             if len(position) != 3:
                 lines.append(f"grad_position: expected (sub-group, offset, numel), got {position}")
     return lines
@@ -268,10 +288,22 @@ def test_overridden_methods_have_the_parameters_that_are_passed() -> None:
         assert tuple(inspect.signature(method).parameters) == ("self", *expected), name
 
 
+def test_what_a_calibration_pass_replaces_at_other_stages_has_the_parameters_that_are_passed() -> None:
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    assert tuple(inspect.signature(DeepSpeedZeroOptimizer.process_gradients).parameters) == ("self", "param", "i")
+    for name in ("accumulate_hp_grads_and_remove_lp", "backward_epilogue", "backward_prologue"):
+        assert callable(getattr(BF16_Optimizer, name))
+    assert isinstance(parameter_offload.FWD_MODULE_STACK, list)
+
+
 def test_the_pins_are_what_zero_py_reads() -> None:
     """An attribute of the engine or of its optimizer that `_zero*.py` newly read has to be pinned above."""
     pinned = {part.removesuffix("()") for path in ENGINE for part in path.split(".")}
-    pinned |= {path.removesuffix("()") for _, paths in WRAPPERS.values() for path in paths} | set(OVERRIDDEN)
+    pinned |= {part.removesuffix("()") for _, paths in WRAPPERS.values() for path in paths for part in path.split(".")}
+    pinned |= set(OVERRIDDEN)
     read = set()
     for node in itertools.chain(*(ast.walk(parsed(module)) for module in ZERO)):
         if isinstance(node, ast.Attribute) and (
@@ -308,8 +340,8 @@ def test_functions_have_the_parameters_that_are_passed() -> None:
 
     expected = {
         DeepSpeedEngine.backward: ["loss", "scale_wrt_gas"],
-        DeepSpeedEngine.set_gradient_accumulation_boundary: ["is_boundary"],
-        deepspeed.comm.all_reduce: ["tensor", "op"],
+        deepspeed.comm.all_reduce: ["tensor", "op", "async_op"],
+        deepspeed.comm.reduce_scatter_tensor: ["output_tensor", "tensor"],
         deepspeed.comm.all_gather_into_tensor: ["output_tensor", "tensor", "group"],
         deepspeed.comm.all_gather_object: ["object_list", "obj"],
         deepspeed.comm.get_rank: ["group"],
