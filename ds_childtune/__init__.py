@@ -6,6 +6,7 @@ child.select(calibration_batches)        # ChildTuning-D
 
 from ds_childtune._version import __version__
 from ds_childtune._zero_lean import lean_start
+from ds_childtune._zero_unattached import watch_steps
 from ds_childtune.child_apply import AppliedChild, apply_child
 from ds_childtune.child_format import ChildFileError
 from ds_childtune.child_merge import compose, merge
@@ -28,3 +29,5 @@ __all__ = [
     "lean_start",
     "merge",
 ]
+
+watch_steps()

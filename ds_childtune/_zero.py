@@ -181,6 +181,11 @@ def refuse_unsupported(engine: Engine) -> None:
             raise NotImplementedError(f"ds_childtune does not support {what}. Remedy: {remedy}.")
 
 
+def child_tuning_block(engine: Engine) -> object:
+    """What the DeepSpeed config, which may have been a path, has under "child_tuning", or None."""
+    return engine._config._param_dict.get("child_tuning")
+
+
 def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
     """The optimizer that steps flat shards.
 

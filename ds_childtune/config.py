@@ -1,4 +1,7 @@
-"""The `"child_tuning"` block of a DeepSpeed config, checked."""
+"""The `"child_tuning"` block of a DeepSpeed config, checked.
+
+The block does nothing by itself: `attach` reads it, and until then the engine refuses to step (see [Note: the block alone]).
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ from ds_childtune.shards import FlatShard, Fragment, mark_eligible
 def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = None) -> ChildTuner:
     """Make `engine` train a child network. A collective: call it on every rank, after `deepspeed.initialize`.
 
-    ChildTuning-F acts from the next step on; ChildTuning-D needs `select` first.
+    ChildTuning-F acts from the next step on; ChildTuning-D needs `select` first. An engine whose config has the block refuses to
+    step before `attach`, see [Note: the block alone].
 
     Args:
         engine: what `deepspeed.initialize` returned.
@@ -52,7 +53,7 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
     with raising_together():
         if getattr(engine, "child_tuner", None) is not None:
             raise RuntimeError("attach: this engine has a ChildTuner already. Remedy: call its detach() first.")
-        parsed = parse_config(config if config is not None else engine.config.get("child_tuning"))
+        parsed = parse_config(config if config is not None else _zero.child_tuning_block(engine))
         _zero.refuse_unsupported(engine)
         parameters = _zero.read_parameters(engine)
         eligible = eligible_names(engine.module, tuple(parameters.by_name), parsed)

@@ -5,13 +5,17 @@ the module, param groups that come later.
 from __future__ import annotations
 
 import copy
+import importlib
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 import ds_childtune
@@ -286,3 +290,80 @@ def test_adagrad_of_two_groups(pool: RankPool, stage: int) -> None:
         assert "expected the 2 param groups that deepspeed.initialize was given, got 1 in Adagrad" in text
         assert "Remedy: use one param group" in text
     assert pool[2].run(adagrad_of_groups, stage, 1) == ["", ""]
+
+
+# ---------------------------------------------------------------- a block without a child
+
+BLOCK = {"mode": "ChildTuning-D", "reserve_p": 0.3, "selector": "random"}
+
+
+def stepping(engine: Any) -> str:
+    try:
+        train_step(engine, mine(1, seed=2))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def without_a_child(stage: int, folder: str) -> tuple[list[str], dict[str, bool]]:
+    """What steps say before `attach`, with the config as a mapping and as a file; and what moves after each remedy."""
+    said, moved = [], {}
+    for remedy in ("attach", "attach by file", "remove"):
+        config: Any = Setup("llama", stage=stage).config() | {"child_tuning": dict(BLOCK)}
+        if remedy == "attach by file":
+            path = Path(folder) / f"{dist.get_rank()}.json"
+            path.write_text(json.dumps(config))
+            config = str(path)
+        model = build("llama")
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+        before = model_weights(engine)
+        said += [stepping(engine), stepping(engine)]
+        assert all(torch.equal(w, before[name]) for name, w in model_weights(engine).items())
+        if remedy == "remove":
+            engine.config.pop("child_tuning")
+        else:
+            child = ds_childtune.attach(engine)
+            child.select()
+        assert stepping(engine) == ""
+        after = model_weights(engine)
+        if remedy != "remove":
+            for name, weight in after.items():
+                assert not ((weight != before[name]) & ~child.gather_mask(name)).any()
+            child.detach()
+            assert stepping(engine) == "", "detached on purpose"
+        moved[remedy] = any(not torch.equal(w, before[name]) for name, w in after.items())
+        engine.destroy()
+    return said, moved
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_block_without_a_child_is_an_error_at_the_first_step(pool: RankPool, stage: int, tmp_path: Path) -> None:
+    for said, moved in pool[2].run(without_a_child, stage, str(tmp_path)):
+        assert len(said) == 6
+        for text in said:
+            assert 'has a "child_tuning" block, got none' in text
+            assert "Remedy: child = ds_childtune.attach(engine)" in text
+            assert "or remove the block" in text
+        assert moved == {"attach": True, "attach by file": True, "remove": True}
+
+
+def reference_model() -> bool:
+    """An engine without an optimizer, whose config is that of the trained one, block and all."""
+    config = Setup("llama", stage=3).config() | {"child_tuning": dict(BLOCK)}
+    del config["optimizer"]
+    engine, *_ = deepspeed.initialize(model=build("llama"), config=config)
+    with torch.no_grad():
+        loss = engine(**on_device(engine, mine(1, seed=2)[0])).loss
+    engine.destroy()
+    return bool(loss.isfinite())
+
+
+def test_an_engine_without_an_optimizer_needs_no_child(pool: RankPool) -> None:
+    assert pool[2].run(reference_model) == [True, True]
+
+
+def test_steps_are_watched_once() -> None:
+    step = DeepSpeedEngine._take_model_step
+    importlib.reload(ds_childtune)
+    assert DeepSpeedEngine._take_model_step is step
+    assert not hasattr(step.__wrapped__, "__wrapped__")

@@ -53,6 +53,7 @@ def outcome_on_this_rank(setup: Setup, act: Callable[[Any], Any], extra: dict[st
             raised = error
         if getattr(engine, "child_tuner", None) is not None:
             engine.child_tuner.detach()
+        engine.config.pop("child_tuning", None)  # an engine with a block and without a child does not step
         if engine.zenflow:
             return raised and Raised(type(raised).__name__, str(raised), math.inf)
         before = master_weights(engine)

@@ -25,7 +25,9 @@ PACKAGE = Path(ds_childtune.__file__).parent
 # ---------------------------------------------------------------- attributes
 
 ENGINE = (
+    "_config._param_dict",
     "_config.zero_config.offload_optimizer",
+    "_take_model_step()",
     "_copy_recovery_script()",
     "_get_ckpt_name()",
     "_load_checkpoint()",
@@ -340,6 +342,7 @@ def test_functions_have_the_parameters_that_are_passed() -> None:
 
     expected = {
         DeepSpeedEngine.backward: ["loss", "scale_wrt_gas"],
+        DeepSpeedEngine._take_model_step: ["lr_kwargs"],
         deepspeed.comm.all_reduce: ["tensor", "op", "async_op"],
         deepspeed.comm.reduce_scatter_tensor: ["output_tensor", "tensor"],
         deepspeed.comm.all_gather_into_tensor: ["output_tensor", "tensor", "group"],
