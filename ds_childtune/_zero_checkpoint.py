@@ -46,6 +46,36 @@ def refuse_unsupported(engine: Engine) -> None:
             raise NotImplementedError(f"ds_childtune does not save checkpoints with {what}. Remedy: {remedy}.")
 
 
+def refuse_universal(engine: Engine) -> None:
+    """Raise NotImplementedError when DeepSpeed would look for a universal checkpoint, which has no child."""
+    if engine.load_universal_checkpoint():
+        raise NotImplementedError(
+            "ds_childtune does not load universal checkpoints, which have no child and no count of its steps. Remedy: remove"
+            " checkpoint.load_universal, and load the checkpoint that was converted: one with a child loads at any world size and"
+            " ZeRO stage as it is. A universal checkpoint of a run without a child can be loaded before attach."
+        )
+
+
+@contextmanager
+def frozen_may_be_missing(engine: Engine) -> Iterator[None]:
+    """A strict load takes a checkpoint that was saved without frozen parameters, as PEFT's are: those of the model stay."""
+    load = engine.load_module_state_dict
+
+    def call(checkpoint: dict[str, Any], strict: bool = True, custom_load_fn: Any = None, **kwargs: Any) -> Any:
+        if strict and custom_load_fn is None:
+            expected, got = set(engine.module.state_dict()), set(checkpoint["module"])
+            named = engine.module.named_parameters(remove_duplicate=False)
+            frozen = {name for name, param in named if not param.requires_grad}
+            strict = bool(got - expected) or bool(expected - got - frozen)
+        return load(checkpoint=checkpoint, strict=strict, custom_load_fn=custom_load_fn, **kwargs)
+
+    engine.load_module_state_dict = call
+    try:
+        yield
+    finally:
+        del engine.load_module_state_dict
+
+
 def written_files(engine: Engine, save_dir: str, tag: str) -> dict[What, Path]:
     """The files that `save_checkpoint` writes on this rank: "model", "optim", or both."""
     files: dict[What, Path] = {}

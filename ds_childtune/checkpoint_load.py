@@ -57,19 +57,27 @@ class CheckpointLoader:
     ) -> tuple[str | None, Any]:
         """`DeepSpeedEngine.load_checkpoint`, with the child: afterwards `select` is not needed. A collective.
 
-        A checkpoint of another world size or ZeRO stage is loaded too. Random states are restored at the same world size.
+        A checkpoint of another world size or ZeRO stage is loaded too. Random states are restored at the same world size. Where it
+        was saved with `exclude_frozen_parameters`, frozen parameters stay as they are in this model.
 
         Raises:
             ChildFileError: on every rank, for a checkpoint that is damaged, or of another model; a ValueError.
             ValueError: on every rank, when the config asks for another child.
+            NotImplementedError: on every rank, for a universal checkpoint, or where DeepSpeed would load nothing without a word.
         """
+        with raising_together():
+            _zero_checkpoint.refuse_universal(self._attached.engine)
         folder = Path(load_dir)
         name, carried = self._tag(folder, tag)
         weights_alone = load_module_only or not load_optimizer_states
 
         def load_as_deepspeed_does() -> tuple[str | None, Any]:
             engine = self._attached.engine
-            with _zero_checkpoint.keeping_load_errors(engine) as errors, _zero_checkpoint.without_empty_states(engine):
+            with (
+                _zero_checkpoint.keeping_load_errors(engine) as errors,
+                _zero_checkpoint.without_empty_states(engine),
+                _zero_checkpoint.frozen_may_be_missing(engine),
+            ):
                 loaded = self._load(
                     load_dir,
                     name,

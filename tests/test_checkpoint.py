@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -240,6 +241,65 @@ def test_no_rank_waits_for_one_without_memory(pool: RankPool, where: str, tmp_pa
         assert "rank 1" in said
         assert "no memory for a copy" in said
         assert saved
+
+
+def without_frozen(setup: Setup, folder: str, others: bool) -> tuple[Weights, Weights]:
+    """Two steps and a checkpoint without frozen weights, or its load in another run. What is trained then, and what is frozen.
+
+    Args:
+        others: load, strictly, into a model whose frozen weights are others.
+    """
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, COMPACT)
+        frozen = {n: p for n, p in engine.module.named_parameters() if not p.requires_grad}
+        if others:
+            parts = list(frozen.values())
+            with deepspeed.zero.GatheredParameters(parts, modifier_rank=0, enabled=setup.stage == 3), torch.no_grad():
+                for parameter in parts:
+                    parameter.add_(1)
+            path, _ = engine.load_checkpoint(folder)
+            assert path is not None
+        else:
+            child.select(share(setup, 1000, 4))
+            train(engine, setup, 0, 2)
+            engine.save_checkpoint(folder, exclude_frozen_parameters=True)
+        return master_weights(engine), {n: w for n, w in model_weights(engine).items() if n in frozen}
+
+
+@pytest.mark.parametrize(("came", "goes"), [(1, 1), (2, 2), (3, 3), (3, 2)])
+def test_a_checkpoint_without_frozen_weights_leaves_those_of_the_model(
+    pool: RankPool, came: int, goes: int, tmp_path: Path
+) -> None:
+    """As PEFT's through the Trainer, which are then loaded strictly."""
+    setup = Setup("odd", stage=came)
+    saved, base = pool[2].run(without_frozen, setup, str(tmp_path), False)[0]
+    for masters, frozen in pool[2].run(without_frozen, replace(setup, stage=goes), str(tmp_path), True):
+        assert equal_bits(masters, saved)
+        assert equal_bits(frozen, {name: weight + 1 for name, weight in base.items()})
+        assert frozen
+
+
+def load_a_universal(setup: Setup, folder: str) -> tuple[str, str, int]:
+    """The same refusal with and without a tag; then the remedy."""
+    said = []
+    with engine_of(setup, checkpoint={"load_universal": True}) as engine:
+        ds_childtune.attach(engine, COMPACT)
+        for tag in (None, "two_uni"):
+            with pytest.raises(NotImplementedError) as error:
+                engine.load_checkpoint(folder, tag)
+            said.append(str(error.value))
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, COMPACT)
+        engine.load_checkpoint(folder)
+        return said[0], said[1], child.step
+
+
+def test_universal_checkpoints_are_refused(pool: RankPool, tmp_path: Path) -> None:
+    pool[2].run(save_two, DEEP, str(tmp_path))
+    for with_latest, with_tag, step in pool[1].run(load_a_universal, replace(DEEP, stage=2), str(tmp_path)):
+        assert "remove checkpoint.load_universal" in with_latest
+        assert with_latest == with_tag
+        assert step == 2
 
 
 # ---------------------------------------------------------------- what ranks see, and what they send
