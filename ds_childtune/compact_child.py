@@ -62,6 +62,9 @@ class CompactChild:
     """None at depth wrap."""
     rest_values: Mapping[str, float] = field(default_factory=dict)
     """What entries of the state are for an element that never had a gradient; 0 for those that are not named."""
+    _previous: CompactChild | None = None
+    _carried: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
+    """By flat shard: the state that its child shard begins with, until `take_over`."""
     _stepping: list[tuple[Group, list[Tensor], list[ChildShard], list[Tensor]]] = field(default_factory=list)
     """What stood in the param groups, for the length of a step, and what stands there now, by shard and as the list itself."""
 
@@ -75,30 +78,56 @@ class CompactChild:
         previous: CompactChild | None = None,
         rest_values: Mapping[str, float] | None = None,
     ) -> CompactChild:
-        """Moves the optimizer's state to child shards; what it holds outside the child is let go.
+        """A child that has taken over: see `made` and `take_over`."""
+        child = cls.made(shards, masks, optimizer, plumbing, previous, rest_values)
+        child.take_over()
+        return child
+
+    @classmethod
+    def made(
+        cls,
+        shards: Sequence[FlatShard],
+        masks: Iterable[Tensor],
+        optimizer: torch.optim.Optimizer,
+        plumbing: DeepPlumbing | None = None,
+        previous: CompactChild | None = None,
+        rest_values: Mapping[str, float] | None = None,
+    ) -> CompactChild:
+        """Child shards and their state, beside what there is: whatever fails here, memory above all, leaves that as it was.
 
         Args:
             masks: bool 1-D, one for each shard; True = inside the child, or not eligible.
             plumbing: for depth deep.
-            previous: the child so far, which must not be used any more. Elements that stay keep their state and their master;
-                the state of those that enter begins at `rest_values`.
+            previous: the child so far. Elements that stay keep their state and their master; the state of those that enter begins
+                at `rest_values`.
             rest_values: as the field.
         """
-        made: dict[Tensor, ChildShard] = {}
+        child = cls(optimizer, {}, plumbing, rest_values or {})
+        child._previous = previous
         if previous is None:
             share_counters(optimizer, [group["params"] for group in optimizer.param_groups])
         else:
             previous.share_counters()
-            if previous.plumbing is not None:
-                previous.plumbing.remove()
         for flat, mask in zip(shards, masks, strict=True):
-            made[flat.tensor] = ChildShard.of(flat, mask)
-            before = None if previous is None else previous.shards.pop(flat.tensor)
-            _carry(optimizer, made[flat.tensor], before, rest_values or {})
-        child = cls(optimizer, made, plumbing, rest_values or {})
-        if plumbing is not None:
-            plumbing.install(list(made.values()))
+            child.shards[flat.tensor] = shard = ChildShard.of(flat, mask)
+            before = None if previous is None else previous.shards[flat.tensor]
+            child._carried[flat.tensor] = _carried(optimizer, shard, before, child.rest_values)
         return child
+
+    def take_over(self) -> None:
+        """Stand in place of the flat shards, or of the previous child, which must not be used any more.
+
+        What the optimizer holds outside the child is let go.
+        """
+        previous, self._previous = self._previous, None
+        if previous is not None and previous.plumbing is not None:
+            previous.plumbing.remove()
+        for flat, shard in self.shards.items():
+            self.optimizer.state.pop(flat if previous is None else previous.shards[flat].tensor, None)
+            if state := self._carried.pop(flat):
+                self.optimizer.state[shard.tensor] = state
+        if self.plumbing is not None:
+            self.plumbing.install(list(self.shards.values()))
 
     @property
     def depth(self) -> Literal["wrap", "deep"]:
@@ -221,12 +250,12 @@ class CompactChild:
             yield from (v for v in self.optimizer.state.get(shard.tensor, {}).values() if isinstance(v, Tensor))
 
 
-def _carry(
+def _carried(
     optimizer: torch.optim.Optimizer, shard: ChildShard, before: ChildShard | None, rest_values: Mapping[str, float]
-) -> None:
-    """Take over the optimizer's state, of the flat shard or of the child shard `before`, and the masters of the latter."""
+) -> dict[str, Any]:
+    """The optimizer's state of the flat shard, or of the child shard `before`, for this one, which is given the latter's masters."""
     source = shard.flat.tensor if before is None else before.tensor
-    state = optimizer.state.pop(source, None)
+    state = optimizer.state.get(source, {})
 
     def taken(key: str, value: Any) -> Any:
         if not per_element(value, source):
@@ -239,10 +268,9 @@ def _carry(
         rest = torch.full(index.shape, rest_values.get(key, 0.0), dtype=value.dtype, device=value.device)
         return before.moved(value, index, rest)
 
-    if state:
-        optimizer.state[shard.tensor] = {key: taken(key, value) for key, value in state.items()}
     if before is not None and shard.flat.tensor.dtype != shard.tensor.dtype:
         shard.tensor.copy_(before.moved(before.tensor, shard.index, shard.tensor))
+    return {key: taken(key, value) for key, value in state.items()}
 
 
 def _dense(shard: ChildShard, value: Any, rest_value: float) -> Any:

@@ -98,7 +98,7 @@ class DenseChild:
         """By flat shard: bool 1-D, True = outside the child; None where the whole shard is inside."""
         for shard, mask in zip(shards, masks, strict=True):
             self._frozen[shard.tensor] = None if bool(mask.all()) else ~mask
-            self._clear_state(optimizer, shard.tensor)
+        self._optimizer = optimizer
         self._restore: list[_Restore] = []
         self._still: list[tuple[FlatShard, Tensor, Tensor]] = []
         """Flat shard, what is frozen, its weights before the step: where the optimizer moves those."""
@@ -162,13 +162,15 @@ class DenseChild:
             return torch.ones(fragment.numel, dtype=torch.bool, device=tensor.device)
         return ~fragment.of(frozen)
 
+    def take_over(self) -> None:
+        """Clear the state that the base optimizer holds outside the child. Until then nothing has changed."""
+        values = self._behaviour.rest_values
+        if values is None:
+            return
+        for tensor, frozen in self._frozen.items():
+            for key, value in self._optimizer.state.get(tensor, {}).items():
+                if frozen is not None and per_element(value, tensor):
+                    value.view(-1).masked_fill_(frozen.to(value.device), values.get(key, 0.0))
+
     def release(self) -> None:
         """Nothing to give back: the base optimizer's state is dense."""
-
-    def _clear_state(self, optimizer: torch.optim.Optimizer, tensor: Tensor) -> None:
-        frozen, values = self._frozen[tensor], self._behaviour.rest_values
-        if frozen is None or values is None:
-            return
-        for key, value in optimizer.state.get(tensor, {}).items():
-            if per_element(value, tensor):
-                value.view(-1).masked_fill_(frozen.to(value.device), values.get(key, 0.0))

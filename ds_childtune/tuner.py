@@ -185,10 +185,11 @@ class ChildTuner:
         eligible = self._open()
         numel = sum(self._parameters.shapes[name].numel() for name in eligible)
         cut = cut_at(scores, sorted(eligible), numel, self.config.reserve_p)
+        with raising_together():  # memory may be short on one rank only, and the child so far is to train on then
+            child = self._made_child(self._without_frozen(masks_inside(self._open_shards(), scores, cut)))
         self._earlier_children |= self._policy is not None and self.step > self._selected_at
         self._selected_at = self.step
-        with raising_together():  # a shard may be too large for child shards on one rank alone
-            self._policy = self._fixed_child(self._without_frozen(masks_inside(self._open_shards(), scores, cut)))
+        self._policy = self._fix(child)
         # The original lets weight decay move the complement: there is nothing to check then.
         self._self_check = SelfCheck() if self.config.compat is None else None
         chosen = time.perf_counter()
@@ -255,22 +256,24 @@ class ChildTuner:
                     fragment.of(mask).fill_(False)
             yield mask
 
-    def _fixed_child(self, masks: Iterable[Tensor]) -> DenseChild | CompactChild:
-        """The child that trains from here on. Elements that stay keep their state."""
+    def _made_child(self, masks: Iterable[Tensor]) -> DenseChild | CompactChild:
+        """A child, beside the one that trains so far. Elements that stay keep their state."""
         base = _zero.base_optimizer(self.engine)
+        if self.config.optimizer_state == "dense":
+            original = self.config.compat == "original"
+            return DenseChild(self._shards, masks, base, self._behaviour, decay_outside=original)
+        depth = _zero_depth.Depth.of(self.engine, self.config.clip)
+        tell(f'optimizer_state "compact" is at depth {depth.reason}')
+        previous = self._policy if isinstance(self._policy, CompactChild) else None
+        return CompactChild.made(self._shards, masks, base, depth.plumbing, previous, self._behaviour.rest_values)
+
+    def _fix(self, child: DenseChild | CompactChild) -> DenseChild | CompactChild:
+        """It trains from here on."""
         self._take_back_overrides()
-        child: DenseChild | CompactChild
-        if self.config.optimizer_state == "compact":
-            depth = _zero_depth.Depth.of(self.engine, self.config.clip)
-            tell(f'optimizer_state "compact" is at depth {depth.reason}')
-            previous = self._policy if isinstance(self._policy, CompactChild) else None
-            rest_values = self._behaviour.rest_values
-            child = CompactChild.of(self._shards, masks, base, depth.plumbing, previous, rest_values)
+        child.take_over()
+        if isinstance(child, CompactChild):
             self._shard_of = child.shard_of()
             self._reads = _zero_reads.redirect(self.engine, child)
-        else:
-            original = self.config.compat == "original"
-            child = DenseChild(self._shards, masks, base, self._behaviour, decay_outside=original)
         if self.config.clip == "child" and not (isinstance(child, CompactChild) and child.norm_is_child):
             self._norm = _zero_clip.NormOfChild(self.engine, self._shards, self._parameters.by_name, child)
         return child
@@ -310,7 +313,8 @@ class ChildTuner:
             self._policy = self._self_check = self._report = None
             return None
         with raising_together():
-            self._policy = self._fixed_child(to.masks)
+            child = self._made_child(to.masks)
+        self._policy = self._fix(child)
         self._self_check = SelfCheck() if self.config.compat is None else None
         self._report = Report(
             self.config.mode,

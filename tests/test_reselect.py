@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_optimizer_state
 
 import ds_childtune
+from ds_childtune import choosing, tuner
 from ds_childtune.child_shards import ChildShard
 from tests import reference
 from tests.distributed import RankPool
@@ -147,6 +149,66 @@ def failing(setup: Setup) -> tuple[Weights, Weights]:
 @pytest.mark.parametrize("name", ["wrap-zero3", "deep-zero3-bf16"])
 def test_after_a_selection_that_fails_the_old_child_trains_on(pool: RankPool, name: str) -> None:
     for failed, undisturbed in pool[2].run(failing, SETUPS[name]):
+        assert all(torch.equal(failed[n], w) for n, w in undisturbed.items())
+
+
+HALF = {
+    **{name: setup for name, setup in SETUPS.items() if name != "wrap-zero3"},
+    "wrap-zero0": replace(BASE, stage=0),
+    "dense-zero2": replace(BASE, stage=2),
+    "dense-zero3": replace(BASE, stage=3, sub_group_size=300),
+}
+HALF = {
+    name: replace(setup, no_decay=("norm",)) for name, setup in HALF.items()
+}  # two groups, hence two shards at ZeRO 1 and 2
+
+
+@contextlib.contextmanager
+def out_of_memory_at_the_second_shard() -> Iterator[None]:
+    """On rank 1, when the second shard's mask has been made, and at depths of a compact child when its state is carried over."""
+    real, calls = choosing.masks_inside, []
+
+    def masks_inside(*args: Any) -> Iterator[torch.Tensor]:
+        for i, mask in enumerate(real(*args)):
+            calls.append(i)
+            if i == 1 and dist.get_rank() == 1:
+                raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+            yield mask
+
+    with mock.patch.object(tuner, "masks_inside", masks_inside):
+        yield
+    assert calls[:2] == [0, 1] or dist.get_rank() == 0, "vacuous: there is one shard only"
+
+
+def half_way(setup: Setup, optimizer_state: str) -> list[Weights]:
+    """Weights after training with selections that fail half-way, first and again, and without; each ends detached."""
+    ends = []
+    for fails in (True, False):
+        with engine_of(setup) as engine:
+            block = {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": optimizer_state}
+            child = ds_childtune.attach(engine, block)
+            for number in range(2):
+                if fails:
+                    with out_of_memory_at_the_second_shard(), pytest.raises(RuntimeError, match="tried to allocate"):
+                        child.select(share(batches(setup.family, 4, seed=500)))
+                    if number:
+                        train_step(engine, share(batches(setup.family, setup.accumulation * 2, seed=7)))
+                elif number:
+                    train_step(engine, share(batches(setup.family, setup.accumulation * 2, seed=7)))
+                child.select(share(batches(setup.family, 4, seed=1000 + number)))
+                for batches_of_step in steps(setup, number):
+                    train_step(engine, share(batches_of_step))
+            child.detach()
+            train_step(engine, share(batches(setup.family, setup.accumulation * 2, seed=8)))
+            ends.append(master_weights(engine))
+    return ends
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_a_selection_that_fails_half_way_changes_nothing(pool: RankPool, name: str) -> None:
+    """The engine selects, goes on training the child that it had, selects another, and is detached."""
+    state = "dense" if name.startswith("dense") else "compact"
+    for failed, undisturbed in pool[2].run(half_way, HALF[name], state):
         assert all(torch.equal(failed[n], w) for n, w in undisturbed.items())
 
 
