@@ -29,7 +29,7 @@ from ds_childtune.child_format import (
     Piece,
 )
 from ds_childtune.child_reader import Child
-from ds_childtune.child_shards import ChildShard, put_
+from ds_childtune.child_shards import ChildShard, index_dtype, put_
 from ds_childtune.compact_child import CompactChild
 from ds_childtune.config import ChildTuningConfig
 from ds_childtune.holders import Run
@@ -97,7 +97,7 @@ def _compact_piece(
     child: CompactChild, shard: ChildShard, fragment: Fragment, keys: Mapping[str, torch.dtype]
 ) -> Piece:
     first, last = shard.span(fragment.shard_start, fragment.numel)
-    index = shard.index[first:last] - fragment.shard_start
+    index = (shard.index[first:last] - fragment.shard_start).to(index_dtype(fragment.numel))
     state = child.optimizer.state.get(shard.tensor, {})
     moments = {
         _STATE + key: state[key][first:last] if key in state else torch.zeros(last - first, dtype=dtype)

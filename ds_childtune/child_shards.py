@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ class ChildShard:
     flat: FlatShard
 
     index: Tensor
-    """int32 1-D, ascending: the child's elements of the flat shard."""
+    """1-D, ascending: the child's elements of the flat shard. int32, or int64 where a flat shard has 2**31 elements or more."""
 
     tensor: Tensor
     """fp32 1-D, of the index's size."""
@@ -26,14 +27,9 @@ class ChildShard:
     @classmethod
     def of(cls, flat: FlatShard, mask: Tensor) -> ChildShard:
         """`mask`: bool 1-D of the flat shard, True = inside the child, or not eligible."""
-        if flat.numel > torch.iinfo(torch.int32).max:
-            raise NotImplementedError(
-                f"child shards: expected flat shards of at most 2**31 - 1 elements, got {flat.numel}."
-                " Remedy: lower zero_optimization.sub_group_size, or use more ranks."
-            )
-        parts = [torch.nonzero(f.of(mask)).view(-1).add_(f.shard_start).int() for f in flat.fragments]
-        empty = torch.empty(0, dtype=torch.int32, device=mask.device)
-        index = torch.cat(parts) if parts else empty
+        dtype = index_dtype(flat.numel)
+        parts = [part for f in flat.fragments for part in _places(f.of(mask), f.shard_start, dtype)]
+        index = torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=mask.device)
         return cls(flat, index, flat.flat().index_select(0, index).float())
 
     def gather(self) -> bool:
@@ -64,7 +60,7 @@ class ChildShard:
         """`values` (1-D, one for each element of the child) at `places` of the flat shard; `default` outside the child."""
         if not self.index.numel():
             return default
-        found = torch.searchsorted(self.index, places.int()).clamp_(max=self.index.numel() - 1)
+        found = torch.searchsorted(self.index, places.to(self.index.dtype)).clamp_(max=self.index.numel() - 1)
         return torch.where(self.index[found] == places, values[found].to(default.dtype), default)
 
     def moved(self, values: Tensor, index: Tensor, default: Tensor) -> Tensor:
@@ -84,3 +80,21 @@ def put_(flat: Tensor, index: Tensor, values: Tensor) -> None:
     size = tile_of(flat.device)
     for places, value in zip(index.split(size), values.split(size), strict=True):
         flat.index_copy_(0, places.long(), value.to(flat.dtype))
+
+
+def index_dtype(numel: int) -> torch.dtype:
+    """The smallest of int32 and int64 that holds every index of `numel` elements, and `numel` itself."""
+    return torch.int32 if numel <= INT32_NUMEL else torch.int64
+
+
+INT32_NUMEL: int = torch.iinfo(torch.int32).max
+"""Elements of the longest tensor whose indices are int32."""
+
+_NONZERO_TILE = 1 << 28
+"""Elements: torch's nonzero takes less than 2**31 on GPUs, and makes an int64 index."""
+
+
+def _places(mask: Tensor, start: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The indices at which a fragment's mask is True, of `dtype`, in tiles; the fragment begins at `start` of the flat shard."""
+    for i, tile in enumerate(mask.split(_NONZERO_TILE)):
+        yield torch.nonzero(tile).view(-1).add_(start + i * _NONZERO_TILE).to(dtype)

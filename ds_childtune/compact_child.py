@@ -1,10 +1,10 @@
 """The child as the base optimizer's whole parameter space: `optimizer_state: "compact"`.
 
 [Note: child shards]
-A *child shard* holds the child's elements of one flat shard: 1-D fp32, with an int32 index into the flat shard. The base
-optimizer steps child shards with its own code, and the result is scattered back. So moments exist for the child alone, and
-nothing outside it can move, weight decay included, whatever the optimizer. Dense parameters are in the child in full;
-padding is not. There are two depths:
+A *child shard* holds the child's elements of one flat shard: 1-D fp32, with an index into the flat shard, which is int32 up to
+2**31 - 1 elements. The base optimizer steps child shards with its own code, and the result is scattered back. So moments exist for
+the child alone, and nothing outside it can move, weight decay included, whatever the optimizer. Dense parameters are in the child
+in full; padding is not. There are two depths:
 
     wrap   any stage   DeepSpeed's flat shards stay. Around the base optimizer's step the gradient is gathered at the index, and
                        child shards stand in `param_groups`.

@@ -7,6 +7,7 @@ dense path's separate decay, so there the two paths agree to the last bits only.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import ds_childtune
-from ds_childtune import _zero
+from ds_childtune import _zero, child_shards
 from tests.distributed import RankPool
 from tests.engines import Optimizer, Setup, Weights, engine_of, master_weights, model_weights, train_step
 from tests.models import batches, deal
@@ -198,6 +199,58 @@ def test_low_precision_masters_lose_nothing(pool: RankPool, depth: str, clip: st
         rounded = b.phases[0].masters
         assert any((w != rounded[n]).any() for n, w in a.phases[0].masters.items()), "vacuous: nothing was rounded"
         assert b.state_numel == a.state_numel
+
+
+def run_wide(case: Case, optimizer_state: str) -> Run:
+    """As if flat shards of more than 20 elements had 2**31 of them, and were looked through in several tiles."""
+    narrow, tile = child_shards.INT32_NUMEL, child_shards._NONZERO_TILE
+    child_shards.INT32_NUMEL, child_shards._NONZERO_TILE = 20, 7
+    made: set[torch.dtype] = set()
+    of = child_shards.ChildShard.of
+    child_shards.ChildShard.of = lambda *arguments: [shard := of(*arguments), made.add(shard.index.dtype)][0]
+    try:
+        result = run(case, optimizer_state)
+    finally:
+        child_shards.ChildShard.of = of
+        child_shards.INT32_NUMEL, child_shards._NONZERO_TILE = narrow, tile
+    assert torch.int64 in made, "vacuous"
+    return result
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero2-llama", "zero3-odd"])
+def test_flat_shards_of_more_elements_than_int32_counts(pool: RankPool, name: str) -> None:
+    case = CASES[name]
+    check(case, pool[2].run(run, case, "dense"), pool[2].run(run_wide, case, "compact"))
+
+
+def saved_wide(setup: Setup, folder: str, wide: bool, loads: bool) -> tuple[Weights, Weights]:
+    """Save, or load, with indices of int64 or of int32."""
+    narrow = child_shards.INT32_NUMEL
+    child_shards.INT32_NUMEL = 50 if wide else narrow
+    try:
+        with engine_of(setup) as engine:
+            child = ds_childtune.attach(
+                engine, {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": "compact", "selector": "random"}
+            )
+            if loads:
+                engine.load_checkpoint(folder)
+            else:
+                child.select()
+                train_step(engine, share(setup, 0, 2))
+                engine.save_checkpoint(folder)
+            assert {s.index.dtype for s in child._policy.shards.values()} == {torch.int64 if wide else torch.int32}
+            masks = {p.name: child.gather_mask(p.name) for p in child.report().parameters}
+            return master_weights(engine), masks
+    finally:
+        child_shards.INT32_NUMEL = narrow
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_checkpoint_of_long_flat_shards_is_loaded_into_short_ones(pool: RankPool, wide: bool, tmp_path: Path) -> None:
+    saved = pool[2].run(saved_wide, Setup(stage=2), str(tmp_path), wide, False)[0]
+    loaded = pool[2].run(saved_wide, Setup(stage=3), str(tmp_path), not wide, True)[0]
+    for before, after in zip(saved, loaded, strict=True):
+        assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def aliases(setup: Setup) -> list[list[bool]]:
