@@ -106,7 +106,8 @@ def raise_together(error: Exception | None) -> None:
         dist.all_reduce(failed)
     else:
         kind, text = _kind_and_text(error)
-        print(f"[rank {rank}] ds_childtune: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        # On a line of its own, below a progress bar.
+        print(f"\n[rank {rank}] ds_childtune: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         _default_store().set(_report_key(number, rank), f"{kind} {text}")
         failed[rank // 32] = 1 << rank % 32
         if not _all_reduce_in_time(failed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,6 +62,38 @@ def cut_at(scores: ShardScores, names: Sequence[str], eligible: int, reserve_p: 
             f"child selection: expected finite scores >= 0, got NaN, inf or negative ones in {', '.join(found[:5])}."
             " Remedy: look for overflowing gradients in the calibration batches, or lower fisher.max_grad_norm."
         ) from None
+
+
+@dataclass(frozen=True)
+class Positive:
+    """Eligible elements whose score is not zero: those that a selection knows anything of."""
+
+    counts: dict[str, int]
+    """By parameter, over all ranks."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    @property
+    def without(self) -> tuple[str, ...]:
+        """Parameters that have none."""
+        return tuple(name for name, count in self.counts.items() if not count)
+
+
+def positive(scores: ShardScores, names: Sequence[str]) -> Positive:
+    """A collective.
+
+    Args:
+        names: of all eligible parameters.
+    """
+    position = {name: i for i, name in enumerate(names)}
+    counts = torch.zeros(len(names), dtype=torch.int64, device=device())
+    for of_fragment in itertools.chain(*scores):
+        if of_fragment.counted:
+            counts[position[of_fragment.name]] += of_fragment.values.count_nonzero().to(counts.device)
+    sum_over_ranks(counts)
+    return Positive(dict(zip(names, counts.tolist(), strict=True)))
 
 
 def masks_inside(shards: Sequence[FlatShard], scores: ShardScores, cut: Cut) -> Iterator[Tensor]:

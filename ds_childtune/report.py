@@ -37,6 +37,11 @@ class Report:
     """Micro-batches, or global batches, that Fisher information was averaged over."""
     threshold: float | None = None
     """ChildTuning-D: the k-th largest score; None with selector `lowest_fisher`."""
+    zero_parameters: tuple[str, ...] = ()
+    """Eligible parameters that had no score but zero when the child was chosen, so that nothing is known of their elements."""
+    zero_kept: int = 0
+    """Elements of the child whose score was zero: fewer had a positive one than `reserve_p` asks for. Which of all elements of
+    score zero are kept is a matter of the parameters' names and of their order."""
 
     @property
     def numel(self) -> int:
@@ -74,4 +79,23 @@ class Report:
                 f" selection in {self.selection_seconds:.2f} s"
                 + (f", threshold {self.threshold:.3e}" if self.threshold is not None else "")
             )
+        lines += self._warnings()
         return "\n".join(lines)
+
+    def _warnings(self) -> list[str]:
+        lines = []
+        names = self.zero_parameters
+        if names:
+            lines.append(
+                f"  WARNING: every score is zero in {len(names)} eligible parameters ({', '.join(names[:3])}"
+                f"{', ...' if len(names) > 3 else ''}), as for LoRA's A while B is zero: nothing is known of their elements."
+                " Remedy: attach and select after a few training steps, or add them to child_tuning.exclude."
+            )
+        if self.zero_kept:
+            most = (self.kept - self.zero_kept) / self.eligible
+            lines.append(
+                f"  WARNING: {self.zero_kept:,} of the child's {self.kept:,} elements have score zero, and were taken in the order of"
+                " their names and indices. Remedy: attach and select after a few training steps, add parameters without a score"
+                f" to child_tuning.exclude, or lower child_tuning.reserve_p to at most {most:.4f}."
+            )
+        return lines

@@ -20,7 +20,7 @@ from ds_childtune._ranks import check_same, device, raising_together, sum_over_r
 from ds_childtune.attached import Attached, ChildState, Policy, Resumed
 from ds_childtune.checkpoint import Checkpoints
 from ds_childtune.child_export import export_child
-from ds_childtune.choosing import ShardScores, cut_at, magnitudes, masks_inside, random_numbers, reverse_order
+from ds_childtune.choosing import ShardScores, cut_at, magnitudes, masks_inside, positive, random_numbers, reverse_order
 from ds_childtune.compact_child import CompactChild
 from ds_childtune.config import ChildTuningConfig, parse_config
 from ds_childtune.eligible import eligible_names
@@ -185,6 +185,7 @@ class ChildTuner:
         eligible = self._open()
         numel = sum(self._parameters.shapes[name].numel() for name in eligible)
         cut = cut_at(scores, sorted(eligible), numel, self.config.reserve_p)
+        known = positive(scores, sorted(eligible)) if self.config.selector in ("fisher", "magnitude") else None
         with raising_together():  # memory may be short on one rank only, and the child so far is to train on then
             child = self._made_child(self._without_frozen(masks_inside(self._open_shards(), scores, cut)))
         self._earlier_children |= self._policy is not None and self.step > self._selected_at
@@ -201,6 +202,8 @@ class ChildTuner:
             selection_seconds=chosen - scored,
             calibration_batches=terms,
             threshold=None if self.config.selector == "lowest_fisher" else cut.threshold / max(terms, 1),
+            zero_parameters=() if known is None else known.without,
+            zero_kept=0 if known is None else max(0, round(self.config.reserve_p * numel) - known.total),
         )
         tell(str(self._report))
         return self._report

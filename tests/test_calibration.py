@@ -513,3 +513,52 @@ def test_offload(pool: RankPool, setup: Setup) -> None:
     expected = oracle(everyone(2, routed if setup.stage == 3 else lambda rank: batches_of(rank, 4)))
     for found in pool[2].run(fisher_with_offload, setup):
         assert worst_difference(found, expected) < 1e-5
+
+
+# ---------------------------------------------------------------- parameters without a score
+
+
+class LowRank(nn.Module):
+    """x + B A x, with B = 0 at the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(2, WIDTH))
+        self.B = nn.Parameter(torch.zeros(WIDTH, 2))
+
+    def forward(self, x: Tensor, route: object) -> Tensor:
+        return x + x @ self.A.T @ self.B.T
+
+
+LOW_RANK = {"mode": "ChildTuning-D", "include": ["layers.*"], "optimizer_state": "compact"}
+HALF = WIDTH * 2 * 2
+"""Elements of all A, and of all B."""
+
+
+def select_low_rank(setup: Setup, block: dict[str, Any], steps: int) -> tuple[tuple[str, ...], int, int, str]:
+    with engine_of(build(layer=LowRank), setup) as engine:
+        train(engine, batches_of(dist.get_rank(), steps))
+        report = ds_childtune.attach(engine, LOW_RANK | block).select(batches_of(dist.get_rank(), 2))
+        return report.zero_parameters, report.zero_kept, report.kept, str(report)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_parameters_without_a_score_are_named_and_so_is_what_they_fill(pool: RankPool, stage: int) -> None:
+    """Fisher information of A is zero while B is; and each of the remedies that the report names."""
+
+    def select(reserve_p: float, steps: int = 0, **block: Any) -> tuple[tuple[str, ...], int, int, str]:
+        outcomes = pool[2].run(select_low_rank, Setup(stage=stage), {"reserve_p": reserve_p, **block}, steps)
+        assert outcomes[0] == outcomes[1] or outcomes[0][:3] == outcomes[1][:3]
+        return outcomes[0]
+
+    both = ("layers.0.A", "layers.1.A")
+    names, filled, kept, text = select(0.75)
+    assert (names, filled, kept) == (both, HALF // 2, HALF * 3 // 2)
+    for words in ("2 eligible parameters (layers.0.A, layers.1.A)", "12 of the child's 36", "at most 0.5000", "Remedy"):
+        assert words in text, text
+    assert select(0.5)[:2] == (both, 0)
+    names, filled, _, text = select(0.75, steps=3)
+    assert (names, filled) == ((), 0)
+    assert "WARNING" not in text
+    names, filled, _, text = select(0.75, exclude=["*.A"])
+    assert (names, filled) == ((), 0)

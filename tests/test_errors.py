@@ -5,10 +5,13 @@ Each case runs on the same processes as all others: a rank left waiting in a col
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -16,6 +19,8 @@ import torch
 import torch.distributed as dist
 
 import ds_childtune
+from ds_childtune import _ranks
+from ds_childtune._calibration import default_loss
 from tests import reference
 from tests.distributed import RankPool
 from tests.engines import Optimizer, Setup, engine_of, master_weights, on_device, train_step
@@ -312,6 +317,124 @@ def test_a_child_of_no_element(pool: RankPool) -> None:
 
 def select_mine(engine: Any) -> None:
     ds_childtune.attach(engine).select(mine())
+
+
+def select_one_batch(engine: Any) -> None:
+    child = ds_childtune.attach(engine, CHILD_D)
+    child.select([mine()[0]])  # the remedy
+    child.select(mine()[0])
+
+
+def select_a_number(engine: Any) -> None:
+    ds_childtune.attach(engine, CHILD_D).select(3)  # type: ignore[arg-type]
+
+
+def rows() -> list[dict[str, Any]]:
+    return [{key: value[0].tolist() for key, value in batch.items()} for batch in mine()]
+
+
+def select_rows(engine: Any) -> None:
+    child = ds_childtune.attach(engine, CHILD_D)
+    tensors = [{key: torch.tensor(value) for key, value in row.items()} for row in rows()]
+    child.select(torch.utils.data.DataLoader(tensors, batch_size=2))  # type: ignore[arg-type]  # the remedy
+    child.select(rows())
+
+
+def select_with_a_loss_in_a_dict(engine: Any) -> None:
+    child = ds_childtune.attach(engine, CHILD_D)
+    child.select(mine(), lambda e, b: {"loss": e(**b)}["loss"])  # the remedy
+    child.select(mine(), lambda e, b: {"loss": e(**b)})  # type: ignore[arg-type, return-value]
+
+
+def select_with_a_loss_in_a_tuple(engine: Any) -> None:
+    ds_childtune.attach(engine, CHILD_D).select(mine(), lambda e, b: (e(**b), None))  # type: ignore[arg-type, return-value]
+
+
+def select_with_a_loss_without_a_graph(engine: Any) -> None:
+    ds_childtune.attach(engine, CHILD_D).select(mine(), lambda e, b: e(**b).detach())
+
+
+class Preferences:
+    """As TRL's trainers: the loss is made outside the model, of batches that the model cannot be called with."""
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        return inputs
+
+    def compute_loss(self, model: Any, inputs: Batch) -> torch.Tensor:
+        chosen: torch.Tensor = model(inputs["chosen"], inputs["y"])
+        return chosen - model(inputs["rejected"], inputs["y"])
+
+
+def select_preferences(engine: Any) -> None:
+    child, trainer = ds_childtune.attach(engine, CHILD_D), Preferences()
+    pairs = [{"chosen": b["x"], "rejected": b["x"] + 1, "y": b["y"]} for b in mine()]
+    child.select(pairs, loss_fn=lambda engine, batch: trainer.compute_loss(engine, trainer._prepare_inputs(batch)))
+    child.select(pairs)
+
+
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        (select_one_batch, ["iterable of micro-batches", "dict of x: Tensor", "select([batch])"]),
+        (select_a_number, ["iterable of micro-batches", "int"]),
+        (select_rows, ["row of a dataset", "x: list", "DataLoader"]),
+        (select_with_a_loss_in_a_dict, ["scalar loss", "dict of loss: Tensor", 'output["loss"]']),
+        (select_with_a_loss_in_a_tuple, ["scalar loss", "tuple of Tensor, NoneType", "output[0]"]),
+        (select_with_a_loss_without_a_graph, ["without a graph"]),
+        (select_preferences, ["chosen", "compute_loss", "loss_fn"]),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_what_select_is_given(pool: RankPool, act: Callable[[Any], Any], words: list[str]) -> None:
+    check(pool, act, ValueError, "select", "Remedy", *words, setup=replace(ODD, stage=1))
+
+
+def test_a_model_that_returns_a_tuple_with_the_loss_first() -> None:
+    class Engine:
+        device = torch.device("cpu")
+
+        def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x.sum(), x
+
+    assert float(default_loss(Engine(), {"x": torch.arange(4.0)})) == 6
+
+
+def select_from_a_loader_that_is_a_collective() -> tuple[str, str, str, bool]:
+    """Rank 0's loader fails where rank 1's waits for it. What each rank raises and prints, and whether the engine trains on."""
+    group = dist.new_group([0, 1])
+
+    def loader() -> Iterator[Batch]:
+        for i, batch in enumerate(mine(8)):
+            if i == 2 and dist.get_rank() == 0:
+                raise ValueError("rows of different length")
+            dist.broadcast(batch["x"], 0, group=group)
+            yield batch
+
+    printed = io.StringIO()
+    with engine_of(ODD) as engine, mock.patch.object(_ranks, "_PATIENCE", 1.0):
+        child = ds_childtune.attach(engine, CHILD_D)
+        with contextlib.redirect_stderr(printed), pytest.raises((ValueError, RuntimeError)) as error:
+            child.select(loader())
+        if dist.get_rank() == 0:
+            dist.broadcast(mine()[0]["x"], 0, group=group)  # here a launcher would end the job, and rank 1 with it
+        child.detach()
+        before = master_weights(engine)
+        train_step(engine, mine()[:1])
+        moved = distance(master_weights(engine), before) > 1e-3
+    dist.destroy_process_group(group)
+    return error.type.__name__, str(error.value), printed.getvalue(), moved
+
+
+def test_no_rank_waits_for_ever_for_one_that_waits_for_it(pool: RankPool) -> None:
+    first, second = pool[2].run(select_from_a_loader_that_is_a_collective)
+    assert first[0] == "Unanswered"
+    assert second[0] == "ValueError"
+    for _, text, _, moved in (first, second):
+        assert "[rank 0] rows of different length" in text
+        assert moved
+    assert "did not answer in 1 s" in first[1]
+    assert "\n[rank 0] ds_childtune: ValueError: rows of different length\n" in first[2]
+    assert "ds_childtune" not in second[2]
 
 
 # ---------------------------------------------------------------- uneven batches
