@@ -32,7 +32,6 @@ FUSED = Optimizer("AdamW", {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1})
 """DeepSpeed's own: FusedAdam, and with offload CPUAdam."""
 COMPACT = {"optimizer_state": "compact"}
 GLOBAL = {"fisher": {"estimator": "per_global_batch"}}
-"""In fp16 squares of single micro-batches underflow; on one rank, a global batch is a micro-batch."""
 
 
 def parity_cells() -> list[Any]:
@@ -45,7 +44,7 @@ def parity_cells() -> list[Any]:
         cells += [Cell(F, bf16), Cell(D, plain), Cell(D, bf16, block=COMPACT)]
         cells += [
             pytest.param(Cell(F, fp16), marks=needs_accelerator),
-            pytest.param(Cell(D, fp16, block=GLOBAL), marks=needs_accelerator),
+            pytest.param(Cell(D, fp16, block=GLOBAL if stage % 2 else {}), marks=needs_accelerator),
         ]
     cells += [
         Cell(D, Setup("gpt2", stage=2, offload=True, optimizer=FUSED)),
