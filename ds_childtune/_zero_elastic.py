@@ -89,8 +89,8 @@ def load_weights(
 ) -> dict[str, Any]:
     """The weights of a checkpoint, of any world size and ZeRO stage, and nothing of its optimizer's state.
 
-    DeepSpeed's own `load_module_only` does nothing at ZeRO-3. What was frozen may train now, and the other way round. What the
-    checkpoint lacks stays as it is.
+    DeepSpeed's own `load_module_only` does nothing at ZeRO-3, and fails where a frozen parameter has trained before. Here what was
+    frozen may train now, and the other way round. What the checkpoint lacks stays as it is.
 
     Args:
         progress: load DeepSpeed's counters of steps, too, and with `load_lr_scheduler_states` the schedule.

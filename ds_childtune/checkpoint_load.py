@@ -97,7 +97,7 @@ class CheckpointLoader:
             self._check_no_fixed_child(load_dir, weights_alone)
             if carried and custom_load_fn is None:
                 loaded = self._load_weights(
-                    folder, name, load_module_strict, load_module_only, load_lr_scheduler_states, load_as_deepspeed_does
+                    folder, name, load_module_strict, load_module_only, load_lr_scheduler_states
                 )
             else:
                 with raising_together():
@@ -208,24 +208,13 @@ class CheckpointLoader:
         return child, record
 
     def _load_weights(
-        self,
-        folder: Path,
-        name: str,
-        strict: bool,
-        module_only: bool,
-        load_lr_scheduler_states: bool,
-        load_as_deepspeed_does: Callable[[], tuple[str | None, Any]],
+        self, folder: Path, name: str, strict: bool, module_only: bool, load_lr_scheduler_states: bool
     ) -> tuple[str | None, Any]:
-        """Of a checkpoint with a child, the weights alone."""
+        """Of a checkpoint with a child, the weights alone. See `_zero_elastic.load_weights`."""
         child, record = self._opened(folder, name)
         with raising_together():
             check_shapes(child, self._attached.parameters.shapes, strict=strict)
         tell(f"ds_childtune: {folder} {name}: loading weights alone, without the child")
-        here = _zero_checkpoint.kind_of(self._attached.engine)
-        same_shape = here == record.optimizer and record.world_size == dist.get_world_size()
-        # DeepSpeed itself loads nothing into ZeRO-3, and cannot read what ZeRO-3 wrote.
-        if ZERO_3 not in (here, record.optimizer) and (module_only or same_shape):
-            return load_as_deepspeed_does()
         with raising_together():
             run, layout = self._saved_run(folder / name, child, record)
         client_state = _zero_elastic.load_weights(

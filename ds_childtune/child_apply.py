@@ -43,7 +43,9 @@ def apply_child(target: Any, *paths: str | Path, conflicts: Conflicts = "refuse"
     site = _Site.of(target)
     with site.together():
         if conflicts not in ("refuse", "last"):
-            raise ValueError(f'conflicts: expected "refuse" or "last", got {conflicts!r}.')
+            raise ValueError(
+                f'conflicts: expected "refuse" or "last", got {conflicts!r}. Remedy: pass one of "refuse" and "last".'
+            )
         if not paths:
             raise ValueError("apply_child: expected at least one child's folder, got none. Remedy: pass its path.")
         if site.engine is not None and getattr(site.engine, "child_tuner", None) is not None:
