@@ -132,7 +132,10 @@ def estimate_fisher(
 
     Raises:
         ValueError: on every rank, for no batches, a loss that is not finite, or an eligible parameter without a gradient.
-        RuntimeError: on every rank, when a rank's iterable or loss function raises anything else.
+        NotImplementedError: on every rank, for ranks that use different parameters where DeepSpeed mixes their gradients, and for
+            gradients that come in parts.
+        RuntimeError: on every rank, when a rank's iterable or loss function, or its backward pass, raises anything else.
+        Unanswered: on a rank that fails where the others wait for it; see `raise_together`.
     """
     if _zero.inside_accumulation(engine):
         raise RuntimeError(

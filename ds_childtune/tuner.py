@@ -131,7 +131,7 @@ class ChildTuner:
 
         Args:
             batches: this rank's micro-batches; ranks may have different numbers of them, but each at least one. A mapping is
-                passed as `engine(**batch)`, a sequence as `engine(*batch)`; the output has `.loss` or is the loss.
+                passed as `engine(**batch)`, a sequence as `engine(*batch)`; the output has `.loss`, is the loss, or begins with it.
             loss_fn: `loss_fn(engine, batch) -> scalar loss`, for anything else.
 
         Raises:
@@ -170,7 +170,9 @@ class ChildTuner:
 
         Raises:
             ValueError: on every rank, for no batches, NaN or inf, or an eligible parameter that never got a gradient.
-            RuntimeError: on every rank, with ChildTuning-F, between a micro-batch and its step, or when `batches` raises.
+            NotImplementedError: on every rank, for ranks that use different parameters in a micro-batch at ZeRO 1 to 3.
+            RuntimeError: on every rank, with ChildTuning-F, between a micro-batch and its step, or when `batches` raises. The child
+                so far, if there is one, then trains on.
         """
         if self.config.mode != "ChildTuning-D":
             raise RuntimeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import ds_childtune
+from ds_childtune import _calibration, _zero
 from tests import reference
 from tests.distributed import RankPool
 from tests.engines import Setup, Weights, model_weights
@@ -239,6 +241,65 @@ def test_squares_of_16_bit_gradients_are_made_and_reduced_in_fp32(pool: RankPool
 def fisher_in_dtype_of_bf16(setup: Setup) -> tuple[Weights, list[str]]:
     with mock.patch.dict(globals(), SMALL=1.0):
         return fisher_in_dtype(setup, {})
+
+
+SET_UPS: dict[str, dict[str, Any]] = {
+    "callers-boundaries": {"managed_gradient_accumulation": False},
+    "quantized-gradients": {"zero_optimization": {"zero_quantized_gradients": True}},
+    "prescaled": {"prescale_gradients": True, "gradient_predivide_factor": 2.0},
+}
+
+
+def fisher_between_steps(setup: Setup, extra: dict[str, Any]) -> tuple[Weights, float]:
+    """Fisher information, and how far a step moves the weights afterwards."""
+    with engine_of(build(), setup, **extra) as engine:
+        found = fisher_of(engine, batches_of(dist.get_rank(), 2))
+        before = model_weights(engine)
+        if "zero_optimization" not in extra:  # DeepSpeed has no kernel for int4 on a CPU
+            train(engine, batches_of(dist.get_rank(), 1))
+        return found, reference.distance(model_weights(engine), before)
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        (0, "prescaled"),
+        (2, "callers-boundaries"),
+        (3, "callers-boundaries"),
+        (3, "quantized-gradients"),
+    ],
+)
+def test_what_training_does_to_gradients_is_not_done_to_squares(pool: RankPool, stage: int, name: str) -> None:
+    expected = oracle(everyone(2, lambda rank: batches_of(rank, 2)))
+    for found, moved in pool[2].run(fisher_between_steps, Setup(stage=stage), SET_UPS[name]):
+        assert worst_difference(found, expected) < 1e-5
+        assert moved > 1e-3 or name == "quantized-gradients"
+
+
+def fisher_with_a_loss_scale(setup: Setup, estimator: str, scale: float) -> tuple[Weights, int]:
+    """As in fp16, which DeepSpeed does not run on a CPU: the pass scales losses, and finds a scale that does not overflow."""
+    with (
+        engine_of(build(), setup) as engine,
+        mock.patch.object(_zero, "model_dtype", return_value=torch.float16),
+        mock.patch.object(_calibration, "loss_scale", return_value=scale),
+    ):
+        child = ds_childtune.attach(engine, EVERYTHING | {"fisher": {"estimator": estimator}})
+        fisher = child.estimate_fisher(batches_of(dist.get_rank(), 8))
+        found = {name: child.gather_fisher(fisher, name) for name in child._parameters.by_name}
+        child.detach()
+        return found, fisher.terms
+
+
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**130])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_loss_scale_is_taken_out_and_batches_that_overflow_do_not_count(
+    pool: RankPool, stage: int, scale: float
+) -> None:
+    for found, terms in pool[2].run(fisher_with_a_loss_scale, Setup(stage=stage), "per_micro_batch", scale):
+        rounds = terms // 2
+        assert rounds == 8 if scale == 2.0**10 else 0 < rounds < 8
+        expected = oracle([batch for rank in range(2) for batch in batches_of(rank, 8)[8 - rounds :]])
+        assert worst_difference(found, expected) < 1e-5
 
 
 # ---------------------------------------------------------------- streams
@@ -494,6 +555,39 @@ def test_an_exception_in_the_pass_s_backward(pool: RankPool, stage: int, who: tu
         assert f"[rank {who[0]}" in said
         for name, weight in undisturbed.items():
             assert torch.equal(after[name], weight), name
+
+
+def host_waits(stage: int, layers: int) -> int:
+    """How often our own lines wait for the device in a pass of three micro-batches."""
+    model = build()
+    model.layers = nn.ModuleList([Routed() for _ in range(layers)])
+    waits: list[str] = []
+
+    def watch(name: str) -> Any:
+        original = getattr(Tensor, name)
+
+        def watched(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.startswith("ds_childtune"):
+                waits.append(name)
+            return original(tensor, *args, **kwargs)
+
+        return mock.patch.object(Tensor, name, watched)
+
+    with engine_of(model, Setup(stage=stage)) as engine, contextlib.ExitStack() as stack:
+        child = ds_childtune.attach(engine, EVERYTHING)
+        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "cpu", "numpy", "nonzero"):
+            stack.enter_context(watch(name))
+        child.estimate_fisher(batches_of(dist.get_rank(), 3))
+        child.detach()
+    return len(waits)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_host_waits_as_often_for_a_large_model(pool: RankPool, stage: int) -> None:
+    few, many = (pool[2].run(host_waits, stage, layers)[0] for layers in (1, 5))
+    assert few == many
+    assert 3 <= few <= 30, "vacuous, or more than a few for a micro-batch"
 
 
 OFFLOAD = [replace(Setup(stage=stage, offload=True), sub_group_size=40) for stage in (2, 3)]
