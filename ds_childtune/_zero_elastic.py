@@ -17,6 +17,7 @@ from ds_childtune import _zero
 from ds_childtune._ranks import raise_together
 from ds_childtune._zero_checkpoint import kind_of
 from ds_childtune._zero_files import PLACES, PLAIN, SavedRun
+from ds_childtune._zero_layout import different
 from ds_childtune.layout import Layout, SavedShard
 from ds_childtune.shards import FlatShard, Fragment
 
@@ -24,6 +25,9 @@ Engine = Any
 
 _SCALER = ("loss_scaler", "dynamic_loss_scale", "overflow")
 """Entries of a ZeRO optimizer's state dict that say how losses are scaled."""
+
+_LOOK = 1024
+"""Elements."""
 
 _NOT_THE_CLIENT_S = frozenset(
     [
@@ -46,6 +50,36 @@ def check_elsewhere(engine: Engine, run: SavedRun, layout: Layout, shards: Seque
         raise ValueError(
             f"load_checkpoint: expected {saved} param groups, as in the checkpoint {run.folder}, got {here}."
             " Remedy: give the optimizer the same groups."
+        )
+
+
+def check_values(run: SavedRun, layout: Layout, shards: Sequence[FlatShard]) -> None:
+    """Raise ValueError where a checkpoint's layout is not that of its values, by a look at both ends of each piece.
+
+    At ZeRO 1 and 2 the weights of the forward pass lie beside their masters. See [Note: a layout is believed once its values have been
+    seen]; before that was so, layouts with `round_robin_gradients` were wrong.
+    """
+    if run.kind not in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
+        return
+    module, wrong = run.model_states()["module"], set()
+    for shard in shards:
+        for fragment in shard.fragments:
+            if fragment.name in module and fragment.name in layout:
+                weights = module[fragment.name].view(-1)[fragment.param_start :]
+                for piece in layout.find(replace(fragment, shard_start=0)):
+                    masters = run.weights(piece.source)[piece.source_start : piece.source_start + piece.numel]
+                    beside = weights[piece.target_start : piece.target_start + piece.numel]
+                    ends = (slice(_LOOK), slice(max(0, piece.numel - _LOOK), piece.numel))
+                    if masters.numel() != beside.numel() or any(
+                        bool(different(masters[end], beside[end], exact=True).any()) for end in ends
+                    ):
+                        wrong.add(fragment.name)
+    if wrong:
+        raise ValueError(
+            f"load_checkpoint: {run.folder}: expected masters that round to the weights beside them, got others in {len(wrong)}"
+            f" parameters ({', '.join(sorted(wrong)[:3])}): with zero_optimization.round_robin_gradients, earlier versions of"
+            " ds_childtune took flat shards for another order, and trained other elements than the child's. Remedy: call"
+            " engine.load_checkpoint before attach, at the stage, world size and round_robin_gradients that it was written with."
         )
 
 

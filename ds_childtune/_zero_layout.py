@@ -71,10 +71,10 @@ def _looks(parameters: Mapping[str, nn.Parameter], shards: Sequence[FlatShard], 
             stride = max(1, fragment.numel // _SAMPLES)
             masters = fragment.of(shard.flat())[::stride]
             weight = weights.part(fragment.param_start, fragment.numel)[::stride]
-            yield _Look(fragment.name, weight.numel(), _different(masters, weight, exact=exact).sum())
+            yield _Look(fragment.name, weight.numel(), different(masters, weight, exact=exact).sum())
 
 
-def _different(masters: Tensor, weights: Tensor, *, exact: bool) -> Tensor:
+def different(masters: Tensor, weights: Tensor, *, exact: bool) -> Tensor:
     """bool 1-D: masters that do not round to their weight. NaN is equal to NaN."""
     # To the accelerator, rather than from it: that does not make the host wait.
     device = weights.device if masters.device.type == "cpu" else masters.device

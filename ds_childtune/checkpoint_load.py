@@ -249,9 +249,9 @@ class CheckpointLoader:
         """DeepSpeed's files, and where in them this rank's elements lie: of the ranks that have some of those."""
         ranks = self._ranks_with_mine(child, record)
         layout = Layout(s for rank in ranks for s in read_layout(child.folder / record.ranks[rank].name))
-        return SavedRun(
-            here, record.optimizer, {(file.what, file.rank): file.name for file in record.deepspeed}
-        ), layout
+        run = SavedRun(here, record.optimizer, {(file.what, file.rank): file.name for file in record.deepspeed})
+        _zero_elastic.check_values(run, layout, self._attached.shards)
+        return run, layout
 
     def _ranks_with_mine(self, child: Child, record: RunRecord) -> list[int]:
         holders = child.manifest.holders

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,11 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import ds_childtune
-from ds_childtune import _zero
+from ds_childtune import _zero, _zero_layout
 from ds_childtune._zero_layout import check_layout
 from ds_childtune.shards import FlatShard
 from tests.distributed import RankPool
-from tests.engines import Optimizer, Setup, engine_of, master_weights, model_weights, train_step
+from tests.engines import Optimizer, Setup, Weights, engine_of, master_weights, model_weights, train_step
 from tests.models import batches, deal
 
 F = {"mode": "ChildTuning-F", "reserve_p": 0.5}
@@ -152,6 +153,58 @@ def test_another_order_of_deepspeed_s_is_refused(pool: RankPool) -> None:
     assert all("other values in" in text for text in pool[2].run(attach_to_another_order, SETUPS["zero2-round-robin"]))
     plain = replace(SETUPS["zero2-round-robin"], round_robin=False)
     assert pool[2].run(attach_to_another_order, plain) == ["", ""], "vacuous: the tables were wrong anyhow"
+
+
+def in_deepspeed_s_own_order(engine: Any, parameters: Any) -> tuple[FlatShard, ...]:
+    """As flat shards were read before round robin was known of."""
+    names = {id(p): name for name, p in parameters.by_name.items()}
+    optimizer = engine.optimizer
+    return _zero._mapped_shards(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, names)
+
+
+def save_as_before(setup: Setup, block: dict[str, Any], folder: str) -> Weights:
+    truth, check = _zero.read_flat_shards, _zero_layout.check_layout
+    _zero.read_flat_shards, _zero_layout.check_layout = in_deepspeed_s_own_order, lambda *_: None
+    try:
+        with engine_of(setup) as engine:
+            ds_childtune.attach(engine, block)
+            train_step(engine, share(setup, 1))
+            engine.save_checkpoint(folder)
+            return model_weights(engine)
+    finally:
+        _zero.read_flat_shards, _zero_layout.check_layout = truth, check
+
+
+def load_from_before(setup: Setup, block: dict[str, Any], folder: str, attached: bool) -> tuple[list[str], Weights]:
+    said = []
+    with engine_of(setup) as engine:
+        if attached:
+            ds_childtune.attach(engine, block)
+            for keys in ({}, {"load_optimizer_states": False}):
+                try:
+                    engine.load_checkpoint(folder, **keys)
+                except ValueError as error:
+                    said.append(str(error))
+        else:
+            engine.load_checkpoint(folder)
+            ds_childtune.attach(engine, block)
+        weights = model_weights(engine)
+        train_step(engine, share(setup, 2))
+        return said, weights
+
+
+def test_a_checkpoint_whose_layout_lies_is_refused(pool: RankPool, tmp_path: Path) -> None:
+    setup = SETUPS["zero2-round-robin"]
+    saved = pool[2].run(save_as_before, setup, F, str(tmp_path))[0]
+    # Weights alone are DeepSpeed's to load at the same stage, and right.
+    for other, refusals in ((setup, 1), (replace(setup, stage=3, round_robin=False), 2)):
+        for said, _ in pool[2].run(load_from_before, other, F, str(tmp_path), True):
+            assert len(said) == refusals
+            for text in said:
+                assert "expected masters that round to the weights beside them" in text
+                assert "Remedy: call engine.load_checkpoint before attach" in text
+    for _, weights in pool[2].run(load_from_before, setup, F, str(tmp_path), False):
+        assert all(torch.equal(weights[name], weight) for name, weight in saved.items())
 
 
 # ---------------------------------------------------------------- edited weights
