@@ -7,7 +7,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -106,8 +106,9 @@ def raise_together(error: Exception | None) -> None:
         dist.all_reduce(failed)
     else:
         kind, text = _kind_and_text(error)
-        # On a line of its own, below a progress bar.
-        print(f"\n[rank {rank}] ds_childtune: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        # On a line of its own, below a progress bar. The log may be on the full disk that the error is about.
+        with suppress(OSError, ValueError):
+            print(f"\n[rank {rank}] ds_childtune: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         _default_store().set(_report_key(number, rank), f"{kind} {text}")
         failed[rank // 32] = 1 << rank % 32
         if not _all_reduce_in_time(failed):

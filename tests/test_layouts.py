@@ -196,10 +196,9 @@ def load_from_before(setup: Setup, block: dict[str, Any], folder: str, attached:
 def test_a_checkpoint_whose_layout_lies_is_refused(pool: RankPool, tmp_path: Path) -> None:
     setup = SETUPS["zero2-round-robin"]
     saved = pool[2].run(save_as_before, setup, F, str(tmp_path))[0]
-    # Weights alone are DeepSpeed's to load at the same stage, and right.
-    for other, refusals in ((setup, 1), (replace(setup, stage=3, round_robin=False), 2)):
+    for other in (setup, replace(setup, stage=3, round_robin=False)):
         for said, _ in pool[2].run(load_from_before, other, F, str(tmp_path), True):
-            assert len(said) == refusals
+            assert len(said) == 2
             for text in said:
                 assert "expected masters that round to the weights beside them" in text
                 assert "Remedy: call engine.load_checkpoint before attach" in text
