@@ -13,12 +13,14 @@ needed: no gradient but the child's is kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ds_childtune.shards import FlatShard
+from ds_childtune.tiles import tile_of
 
 
 class Child(Protocol):
@@ -75,10 +77,13 @@ class NormOfChild:
             self._mask_offloaded()
             return
         for i, shard in enumerate(self._shards):
-            start = 0
-            for gradient in optimizer.averaged_gradients[i]:
-                self._child.mask_gradient_(shard, gradient.view(-1), start)
-                start += gradient.numel()
+            for start, gradients in _batches(optimizer.averaged_gradients[i], tile_of(shard.tensor.device)):
+                if len(gradients) == 1:
+                    self._child.mask_gradient_(shard, gradients[0], start)
+                    continue
+                together = torch.cat(gradients)
+                self._child.mask_gradient_(shard, together, start)
+                torch._foreach_copy_(gradients, together.split([g.numel() for g in gradients]))
 
     def _mask_offloaded(self) -> None:
         optimizer = self._optimizer
@@ -99,3 +104,17 @@ class NormOfChild:
                 gradient = self._parameters[fragment.name].grad
                 if gradient is not None:
                     self._child.mask_gradient_(shard, gradient.view(-1), fragment.shard_start)
+
+
+def _batches(gradients: Iterable[Tensor], size: int) -> Iterator[tuple[int, list[Tensor]]]:
+    """Where each begins in the flat shard, and neighbours of `size` elements at most: a few kernels for thousands of parameters."""
+    start = end = 0
+    batch: list[Tensor] = []
+    for gradient in gradients:
+        if batch and end - start + gradient.numel() > size:
+            yield start, batch
+            start, batch = end, []
+        batch.append(gradient if gradient.dim() == 1 else gradient.view(-1))
+        end += gradient.numel()
+    if batch:
+        yield start, batch

@@ -29,6 +29,9 @@ from torch import Tensor
 from ds_childtune._zero_lean import make_gradient_buffer, parameters, settle_gradients
 from ds_childtune.child_shards import ChildShard, put_
 
+_FEW = 1 << 16
+"""Elements of a child in a partition whose places there are kept."""
+
 
 @dataclass(frozen=True)
 class _Partition:
@@ -44,12 +47,16 @@ class _Partition:
     last: int
     whole: bool
     """Every element is in the child, but for padding at the end."""
+    places: Tensor | None
+    """The child's elements in the partition, where those are few, so that many small parameters cost the host little."""
 
     @classmethod
-    def of(cls, shard: ChildShard, start: int, numel: int) -> _Partition:
+    def of(cls, shard: ChildShard, start: int, numel: int, real: int) -> _Partition:
+        """`real`: elements that are no padding, which comes last."""
         first, last = shard.span(start, numel)
-        ends_at = int(shard.index[last - 1]) + 1 if last > first else start
-        return cls(shard, start, numel, first, last, whole=ends_at - start == last - first)
+        whole = last - first == real
+        few = not whole and last - first <= _FEW
+        return cls(shard, start, numel, first, last, whole, shard.index[first:last] - start if few else None)
 
     def inside(self, partition: Tensor) -> Tensor:
         """The child's elements of a tensor laid out like the partition."""
@@ -64,7 +71,7 @@ class _Partition:
         return out
 
     def _index(self) -> Tensor:
-        return self.shard.index[self.first : self.last] - self.start
+        return self.shard.index[self.first : self.last] - self.start if self.places is None else self.places
 
 
 class ZeroThreePlumbing:
@@ -89,10 +96,13 @@ class ZeroThreePlumbing:
             shard.tensor.ds_id = flat.ds_id  # type: ignore[attr-defined]
             flat.data = optimizer.fp16_partitioned_groups_flat[i].data
             optimizer.fp32_partitioned_groups_flat[i] = shard.tensor
+        at = {p.ds_id: optimizer.grad_position[optimizer.get_param_id(p)] for p in parameters(optimizer)}
+        for i, shard in enumerate(shards):
+            shard.find_spans([(start, numel) for number, start, numel in at.values() if number == i])
+        real = {(i, f.shard_start): f.numel for i, shard in enumerate(shards) for f in shard.flat.fragments}
         self._partitions = {
-            param.ds_id: _Partition.of(shards[i], start, numel)
-            for param in parameters(optimizer)
-            for i, start, numel in [optimizer.grad_position[optimizer.get_param_id(param)]]
+            key: _Partition.of(shards[i], start, numel, real.get((i, start), 0))
+            for key, (i, start, numel) in at.items()
         }
         make_gradient_buffer(optimizer, {i: p.last - p.first for i, p in self._partitions.items()})
         self._override("partition_grads", self._partition_grads)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,11 +24,18 @@ class ChildShard:
     tensor: Tensor
     """fp32 1-D, of the index's size."""
 
+    _spans: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
+    """What `span` has found: the host waits for the device once for all fragments, and in a training step not at all."""
+
     @classmethod
     def of(cls, flat: FlatShard, mask: Tensor) -> ChildShard:
         """`mask`: bool 1-D of the flat shard, True = inside the child, or not eligible."""
         dtype = index_dtype(flat.numel)
-        parts = [part for f in flat.fragments for part in _places(f.of(mask), f.shard_start, dtype)]
+        gaps = list(_gaps(flat))
+        mask = mask.clone() if gaps else mask
+        for start, numel in gaps:
+            mask.narrow(0, start, numel).fill_(False)
+        parts = list(_places(mask, dtype))
         index = torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=mask.device)
         return cls(flat, index, flat.flat().index_select(0, index).float())
 
@@ -52,9 +59,17 @@ class ChildShard:
 
     def span(self, start: int, numel: int) -> tuple[int, int]:
         """First and last + 1 of the child's elements that lie in [start, start + numel) of the flat shard."""
-        bounds = torch.tensor([start, start + numel], dtype=self.index.dtype, device=self.index.device)
-        first, last = torch.searchsorted(self.index, bounds).tolist()
-        return first, last
+        if not self._spans:
+            self.find_spans([(f.shard_start, f.numel) for f in self.flat.fragments])
+        if (start, numel) not in self._spans:
+            self.find_spans([(start, numel)])
+        return self._spans[start, numel]
+
+    def find_spans(self, places: Sequence[tuple[int, int]]) -> None:
+        """Find `span` of many (start, numel) at once."""
+        bounds = torch.tensor([(start, start + numel) for start, numel in places], dtype=self.index.dtype)
+        found = torch.searchsorted(self.index, bounds.view(-1).to(self.index.device)).view(len(places), 2).tolist()
+        self._spans.update((place, (first, last)) for place, (first, last) in zip(places, found, strict=True))
 
     def at(self, places: Tensor, values: Tensor, default: Tensor) -> Tensor:
         """`values` (1-D, one for each element of the child) at `places` of the flat shard; `default` outside the child."""
@@ -75,6 +90,17 @@ class ChildShard:
         return torch.cat([self.at(places, values, new) for places, new in tiles]) if index.numel() else default
 
 
+def _gaps(flat: FlatShard) -> Iterator[tuple[int, int]]:
+    """Where padding begins, and its elements."""
+    end = 0
+    for fragment in flat.fragments:
+        if fragment.shard_start > end:
+            yield end, fragment.shard_start - end
+        end = fragment.shard_start + fragment.numel
+    if flat.numel > end:
+        yield end, flat.numel - end
+
+
 def put_(flat: Tensor, index: Tensor, values: Tensor) -> None:
     """flat[index] = values, in tiles, as `index_copy_` wants an int64 index twice the size of ours."""
     size = tile_of(flat.device)
@@ -90,11 +116,11 @@ def index_dtype(numel: int) -> torch.dtype:
 INT32_NUMEL: int = torch.iinfo(torch.int32).max
 """Elements of the longest tensor whose indices are int32."""
 
-_NONZERO_TILE = 1 << 28
-"""Elements: torch's nonzero takes less than 2**31 on GPUs, and makes an int64 index."""
+_NONZERO_TILE = 1 << 24
+"""Elements: torch's nonzero makes an int64 index, and the host waits for each."""
 
 
-def _places(mask: Tensor, start: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The indices at which a fragment's mask is True, of `dtype`, in tiles; the fragment begins at `start` of the flat shard."""
+def _places(mask: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The indices at which a flat shard's mask is True, of `dtype`, in tiles: not by fragment, of which there may be thousands."""
     for i, tile in enumerate(mask.split(_NONZERO_TILE)):
-        yield torch.nonzero(tile).view(-1).add_(start + i * _NONZERO_TILE).to(dtype)
+        yield torch.nonzero(tile).view(-1).add_(i * _NONZERO_TILE).to(dtype)

@@ -25,7 +25,7 @@ import functools
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -211,11 +211,56 @@ def shard_kernel(pieces: Sequence[Fragment], device: torch.device, dtype: torch.
     # Triton is what torch.compile would use on accelerators, too.
     kernel = mask_kernel(device.type, dtype, allow_compile=device.type == "cpu")
 
-    def piece_by_piece(grad: Tensor, keys: Tensor, limit: int, scale: float) -> None:
-        for piece, key in zip(pieces, keys.unbind(0), strict=True):
-            kernel(piece.of(grad), key, limit, scale)
+    runs = [_Run(pieces, first, last, device) for first, last in _runs(pieces, _tile(device))]
 
-    return piece_by_piece
+    def run_by_run(grad: Tensor, keys: Tensor, limit: int, scale: float) -> None:
+        for run in runs:
+            if run.last - run.first == 1:
+                kernel(pieces[run.first].of(grad), keys[run.first], limit, scale)
+            else:
+                run(grad, keys, limit, scale)
+
+    return run_by_run
+
+
+def _runs(pieces: Sequence[Fragment], size: int) -> Iterator[tuple[int, int]]:
+    """First and last + 1 of pieces that are masked at once: one large one, or small neighbours of `size` elements in all at most."""
+    first = numel = 0
+    for i, piece in enumerate(pieces):
+        before = pieces[i - 1]
+        joins = (
+            i > first
+            and max(piece.numel, before.numel) < _LANES
+            and before.shard_start + before.numel == piece.shard_start
+            and numel + piece.numel <= size
+        )
+        if i > first and not joins:
+            yield first, i
+            first, numel = i, 0
+        numel += piece.numel
+    if pieces:
+        yield first, len(pieces)
+
+
+class _Run:
+    """The eager kernel for neighbouring pieces, each with keys of its own: of thousands of small ones, few are the host's work."""
+
+    def __init__(self, pieces: Sequence[Fragment], first: int, last: int, device: torch.device) -> None:
+        self.first, self.last = first, last
+        self._start = pieces[first].shard_start
+        numels = [p.numel for p in pieces[first:last]]
+        self._numel = sum(numels)
+        self._numels = torch.tensor(numels).to(device)
+        self._starts = (self._numels.cumsum(0) - self._numels).int()
+
+    def __call__(self, grad: Tensor, keys: Tensor, limit: int, scale: float) -> None:
+        increment, multiplier = keys[self.first : self.last].unbind(1)
+        # A piece's index is that of the run less its start, which goes into the increment.
+        word = torch.arange(self._numel, dtype=torch.int32, device=grad.device)
+        word.mul_(multiplier.repeat_interleave(self._numels, output_size=self._numel))
+        word.add_((increment - self._starts * multiplier).repeat_interleave(self._numels, output_size=self._numel))
+        _finalise_(word, torch.empty_like(word))
+        grad.narrow(0, self._start, self._numel).mul_(scale).masked_fill_(word > limit, 0.0)
 
 
 @functools.cache

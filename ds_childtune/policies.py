@@ -96,8 +96,11 @@ class DenseChild:
         self._decay_outside = decay_outside
         self._frozen: dict[Tensor, Tensor | None] = {}
         """By flat shard: bool 1-D, True = outside the child; None where the whole shard is inside."""
-        for shard, mask in zip(shards, masks, strict=True):
-            self._frozen[shard.tensor] = None if bool(mask.all()) else ~mask
+        outside = [~mask for mask in masks]
+        # The host waits once, not for each parameter, which at ZeRO 0 has a shard of its own.
+        found = torch.stack([o.any().to(outside[0].device) for o in outside]).tolist() if outside else []
+        for shard, frozen, some in zip(shards, outside, found, strict=True):
+            self._frozen[shard.tensor] = frozen if some else None
         self._optimizer = optimizer
         self._restore: list[_Restore] = []
         self._still: list[tuple[FlatShard, Tensor, Tensor]] = []

@@ -36,6 +36,9 @@ def decay_weights_(weights: Tensor, frozen: Tensor | None, factor: float) -> Non
         weights.mul_(factor)
         return
     size = tile_of(weights.device)
+    if weights.numel() <= size:
+        weights.copy_(torch.where(frozen, weights, weights * factor))
+        return
     for tile, outside in zip(weights.split(size), frozen.split(size), strict=True):
         tile.copy_(torch.where(outside, tile, tile * factor))
 
