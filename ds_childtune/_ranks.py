@@ -109,7 +109,8 @@ def raise_together(error: Exception | None) -> None:
         # On a line of its own, below a progress bar. The log may be on the full disk that the error is about.
         with suppress(OSError, ValueError):
             print(f"\n[rank {rank}] ds_childtune: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        _default_store().set(_report_key(number, rank), f"{kind} {text}")
+        if (store := _default_store()) is not None:
+            store.set(_report_key(number, rank), f"{kind} {text}")
         failed[rank // 32] = 1 << rank % 32
         if not _all_reduce_in_time(failed):
             raise Unanswered(
@@ -120,9 +121,11 @@ def raise_together(error: Exception | None) -> None:
     if not ranks:
         return
     first, others = ranks[0], len(ranks) - 1
-    kind, _, text = _default_store().get(_report_key(number, first)).decode().partition(" ")
     where = f"[rank {first}{f' and {others} more' if others else ''}]"
-    raise _RAISABLE[int(kind)](f"{where} {text}") from error
+    if (store := _default_store()) is None:
+        raise RuntimeError(f"{where} an error, which this rank has printed.") from error
+    number_of_kind, _, text = store.get(_report_key(number, first)).decode().partition(" ")
+    raise _RAISABLE[int(number_of_kind)](f"{where} {text}") from error
 
 
 class Unanswered(RuntimeError):
@@ -154,7 +157,7 @@ def _report_key(number: int, rank: int) -> str:
 
 
 def _default_store() -> Any:
-    """Where a failing rank leaves its words: reading them needs no collective that it would have to take part in."""
+    """Where a failing rank leaves its words: reading them needs no collective that it would have to take part in. None with MPI."""
     return torch.distributed.distributed_c10d._get_default_store()
 
 

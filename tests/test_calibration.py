@@ -14,12 +14,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import ds_childtune
 from ds_childtune import _calibration, _zero
+from ds_childtune._reduction import fill
 from tests import reference
 from tests.distributed import RankPool
 from tests.engines import Setup, Weights, model_weights
@@ -180,6 +183,22 @@ def test_routes_are_refused_where_deepspeed_mixes_gradients(pool: RankPool, stag
         for words in ("same parameters", "experts", "set_z3_leaf_modules", "stage 0", "batch 0"):
             assert words in said, said
         assert moved > 1e-3, "the engine does not train any more"
+
+
+# ---------------------------------------------------------------- the bucket
+
+
+@given(st.data())
+def test_columns_of_the_bucket_are_those_of_the_padded_matrix(data: st.DataObject) -> None:
+    partitions, columns = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
+    numel = data.draw(st.integers(0, partitions * columns))
+    first = data.draw(st.integers(0, columns - 1))
+    count = data.draw(st.integers(1, columns - first))
+    flat = torch.arange(3.0, 3.0 + numel + 2)[2:]  # with a storage offset
+    padded = torch.cat([flat, torch.zeros(partitions * columns - numel)]).view(partitions, columns)
+    out = torch.full((partitions, count), -1.0)
+    fill(out, flat, first, columns)
+    assert torch.equal(out, padded[:, first : first + count])
 
 
 # ---------------------------------------------------------------- the dtype of the reduction
