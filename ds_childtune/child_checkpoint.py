@@ -14,6 +14,7 @@ See [Note: child files] for the first two.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,6 +113,12 @@ def _compact_piece(
 
 def _number(key: str, value: Any, shard: ChildShard) -> Iterator[tuple[str, int | float]]:
     """A counter of the optimizer's state under a name that tells whether it was a tensor, and of which dtype."""
+    number = value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
+    if isinstance(number, (int, float)) and not math.isfinite(number):
+        raise NotImplementedError(
+            f"save_checkpoint: expected finite counters in the base optimizer's state, got {key!r} = {number}, which no checkpoint"
+            ' of a compact child holds. Remedy: use optimizer_state "dense", or AdamW, SGD or Lion.'
+        )
     if isinstance(value, Tensor) and value.dim() == 0:
         yield f"{_STATE}{key}.{str(value.dtype).removeprefix('torch.')}", value.item()
     elif isinstance(value, (int, float)):

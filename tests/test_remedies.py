@@ -194,6 +194,11 @@ def saving(folder: str) -> None:
         assert engine.save_checkpoint(folder, tag="step100")
         refused("client_state can be pickled", engine.save_checkpoint, folder, "bad", client_state={"no": lambda: 0})
         assert engine.save_checkpoint(folder, "good", client_state={"yes": 1})
+        policy: Any = child._policy
+        counters = policy.optimizer.state[next(iter(policy.shards.values())).tensor]
+        counters["scale"] = torch.tensor(float("nan"))  # as Adafactor's of a shard without elements
+        refused('Remedy: use optimizer_state "dense"', engine.save_checkpoint, folder, "lost")
+        del counters["scale"]
         below = Path(folder) / "a file"
         dist.barrier()
         below.touch()
@@ -219,6 +224,7 @@ def saving(folder: str) -> None:
 def test_saving(pool: RankPool, tmp_path: Path) -> None:
     pool[2].run(saving, str(tmp_path))
     assert not (tmp_path / "never").exists()
+    assert not (tmp_path / "lost").exists()
 
 
 def other_engine(extra: bool = False, freeze: str = "") -> Any:
