@@ -333,3 +333,40 @@ def test_selecting_from_frozen_parameters_alone(pool: RankPool) -> None:
         assert "expected eligible parameters that train, got 24 that are all frozen" in text
         assert "Remedy: call requires_grad_(True)" in text
         assert kept > 0
+
+
+def unreached(stage: int) -> tuple[str, set[str], int, int]:
+    """A parameter that no micro-batch reaches: what `select` says, and what each of its two remedies leads to."""
+    model = build("gpt2")
+    name = "transformer.h.1.unused"
+    model.transformer.h[1].register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
+    config = Setup(stage=stage).config()
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    try:
+        child = ds_childtune.attach(engine, D)
+        try:
+            child.select(share(4, seed=1000))
+        except ValueError as error:
+            text = str(error)
+        engine.module.get_parameter(name).requires_grad_(False)
+        frozen = child.select(share(4, seed=1000)).kept
+        went_on = chapter(engine, child, 1)
+        engine.module.get_parameter(name).requires_grad_(True)
+        child.detach()
+        child = ds_childtune.attach(engine, {**D, "exclude": [name]})
+        return text, went_on.moved, frozen, child.select(share(4, seed=1000)).kept
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_both_remedies_for_a_parameter_that_gets_no_gradient(pool: RankPool, stage: int) -> None:
+    numel = sum(p.numel() for n, p in build("gpt2").named_parameters() if n.startswith("transformer.h."))
+    for text, moved_, frozen, excluded in pool[2].run(unreached, stage):
+        assert (
+            "transformer.h.1.unused. Remedy: freeze them (requires_grad=False) or add them to child_tuning.exclude"
+            in text
+        )
+        assert frozen == excluded == round(P * numel)
+        assert moved_
+        assert "transformer.h.1.unused" not in moved_
