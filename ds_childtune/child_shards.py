@@ -31,7 +31,7 @@ class ChildShard:
     def of(cls, flat: FlatShard, mask: Tensor) -> ChildShard:
         """`mask`: bool 1-D of the flat shard, True = inside the child, or not eligible."""
         dtype = index_dtype(flat.numel)
-        gaps = list(_gaps(flat))
+        gaps = list(flat.padding())
         mask = mask.clone() if gaps else mask
         for start, numel in gaps:
             mask.narrow(0, start, numel).fill_(False)
@@ -88,17 +88,6 @@ class ChildShard:
         size = tile_of(index.device)
         tiles = zip(index.split(size), default.split(size), strict=True)
         return torch.cat([self.at(places, values, new) for places, new in tiles]) if index.numel() else default
-
-
-def _gaps(flat: FlatShard) -> Iterator[tuple[int, int]]:
-    """Where padding begins, and its elements."""
-    end = 0
-    for fragment in flat.fragments:
-        if fragment.shard_start > end:
-            yield end, fragment.shard_start - end
-        end = fragment.shard_start + fragment.numel
-    if flat.numel > end:
-        yield end, flat.numel - end
 
 
 def put_(flat: Tensor, index: Tensor, values: Tensor) -> None:

@@ -11,7 +11,7 @@ inside one flat shard. What no fragment covers is *padding*, which is never scor
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -74,6 +74,16 @@ class FlatShard:
     @property
     def numel(self) -> int:
         return self.tensor.numel()
+
+    def padding(self) -> Iterator[tuple[int, int]]:
+        """Where padding begins, and its elements."""
+        end = 0
+        for fragment in self.fragments:
+            if fragment.shard_start > end:
+                yield end, fragment.shard_start - end
+            end = fragment.shard_start + fragment.numel
+        if self.numel > end:
+            yield end, self.numel - end
 
     def flat(self) -> Tensor:
         """1-D view of the weights."""

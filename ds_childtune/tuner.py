@@ -67,6 +67,10 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
     check_same(repr(sorted(parameters.shapes.items())), "the model's parameter names and shapes")
     check_same(repr(sorted(parameters.by_name)), "the parameters that the optimizer holds")
     _zero.empty_param_groups(engine)
+    for shard in shards:
+        # At ZeRO-3 it is whatever was in memory: an optimizer that takes a norm of the whole shard (Adafactor) comes to inf by it.
+        for start, numel in shard.padding():
+            shard.flat().narrow(0, start, numel).zero_()
     if parsed.optimizer_state == "compact":
         _zero_depth.share_masters(engine)
     return ChildTuner(Attached(engine, parsed, parameters, eligible, shards, behaviour))

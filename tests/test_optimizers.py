@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import ds_childtune
+from ds_childtune import _zero
 from ds_childtune.optimizer_trial import Behaviour, behaviour_of
 from tests import optimizers
 from tests.distributed import RankPool
@@ -280,6 +281,35 @@ def test_a_wrapper_is_the_optimizer_that_steps(pool: RankPool) -> None:
         assert plain
         assert "does not support the optimizer SlowWithoutHooks, whose step does not call torch's step hooks" in refused
         assert "Remedy: use the optimizer that it wraps" in refused
+
+
+def padded(block: dict[str, Any], garbage: float) -> tuple[Weights, int]:
+    """Weights after steps of an optimizer that takes norms of whole flat shards, and elements of padding on all ranks."""
+    with engine_of(replace(BASE, stage=3, client=torch.optim.Adafactor)) as engine:
+        numel = torch.zeros((), dtype=torch.int64)
+        for shard in _zero.read_flat_shards(engine, _zero.read_parameters(engine)):
+            covered = torch.zeros(shard.numel, dtype=torch.bool)
+            for fragment in shard.fragments:
+                fragment.of(covered).fill_(True)
+            shard.flat()[~covered.to(shard.tensor.device)] = garbage
+            numel += int((~covered).sum())
+        dist.all_reduce(numel)
+        child = ds_childtune.attach(engine, block)
+        if child.config.mode == "ChildTuning-D":
+            child.select(share(1000, 4))
+        for step in range(3):
+            train_step(engine, share(step))
+        return model_weights(engine), int(numel)
+
+
+@pytest.mark.parametrize("block", [D, {"mode": "ChildTuning-F", "reserve_p": 0.3}], ids=lambda b: b["mode"][-1])
+def test_what_is_in_padding_does_not_matter(pool: RankPool, block: dict[str, Any]) -> None:
+    """ZeRO-3 leaves in it what was in memory."""
+    (expected, numel), _ = pool[2].run(padded, block, 0.0)
+    assert numel > 0, "vacuous: nothing is padded"
+    for got, _ in pool[2].run(padded, block, 1e30):
+        assert equal_bits(got, expected)
+        assert all(bool(w.isfinite().all()) for w in got.values())
 
 
 # ---------------------------------------------------------------- the self-check
