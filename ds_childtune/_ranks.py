@@ -101,30 +101,36 @@ def raise_together(error: Exception | None) -> None:
         Unanswered: on a failing rank, when the others did not come.
     """
     rank, number = dist.get_rank(), next(_agreements)
-    failed = torch.zeros((dist.get_world_size() + 31) // 32, dtype=torch.int64, device=device())
+    failed = torch.zeros(2, (dist.get_world_size() + 31) // 32, dtype=torch.int64, device=device())
+    """A bit for each rank: which have failed, and which of them have left their words in the store."""
+    words = ""
     if error is None:
         dist.all_reduce(failed)
     else:
         kind, text = _kind_and_text(error)
+        words = f"{kind} {text}"
         # On a line of its own, below a progress bar. The log may be on the full disk that the error is about.
         with suppress(OSError, ValueError):
             print(f"\n[rank {rank}] ds_childtune: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        if (store := _default_store()) is not None:
-            store.set(_report_key(number, rank), f"{kind} {text}")
-        failed[rank // 32] = 1 << rank % 32
+        failed[0, rank // 32] = 1 << rank % 32
+        failed[1, rank // 32] = _leave_words(number, rank, words) << rank % 32
         if not _all_reduce_in_time(failed):
             raise Unanswered(
                 f"[rank {rank}] {text} (The other ranks did not answer in {_PATIENCE:.0f} s, so this rank raises alone: they"
                 " are probably waiting for it in a collective of the data loader or the model.)"
             ) from error
-    ranks = [32 * i + bit for i, word in enumerate(failed.tolist()) for bit in range(32) if word >> bit & 1]
+    ranks, with_words = (
+        [32 * i + bit for i, word in enumerate(row) for bit in range(32) if word >> bit & 1] for row in failed.tolist()
+    )
     if not ranks:
         return
     first, others = ranks[0], len(ranks) - 1
+    if first in with_words:
+        words = _default_store().get(_report_key(number, first)).decode()
+    elif first != rank:
+        words = f"{_RAISABLE.index(RuntimeError)} an error, which that rank has printed."
+    number_of_kind, _, text = words.partition(" ")
     where = f"[rank {first}{f' and {others} more' if others else ''}]"
-    if (store := _default_store()) is None:
-        raise RuntimeError(f"{where} an error, which this rank has printed.") from error
-    number_of_kind, _, text = store.get(_report_key(number, first)).decode().partition(" ")
     raise _RAISABLE[int(number_of_kind)](f"{where} {text}") from error
 
 
@@ -147,6 +153,18 @@ def _all_reduce_in_time(tensor: Tensor) -> bool:
         time.sleep(0.001)
     try:
         work.wait()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _leave_words(number: int, rank: int, words: str) -> bool:
+    """False where there is no store, or it does not take them: one in a file may be on the full disk that the error is about."""
+    store = _default_store()
+    if store is None:
+        return False
+    try:
+        store.set(_report_key(number, rank), words)
     except RuntimeError:
         return False
     return True

@@ -55,6 +55,7 @@ class Ranks:
         self._processes: list[Any] = []
         self._pipes: list[connection.Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._store: dist.TCPStore | None = None
 
     def run(self, function: Callable[..., T], /, *args: Any, seconds: float = CASE_SECONDS, **kwargs: Any) -> list[T]:
         """Call a module-level function on every rank at once, and return what each of them returned.
@@ -102,10 +103,12 @@ class Ranks:
 
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
+        # In this process, so that it outlives a rank; in no file, as tests forbid ranks to write.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = torch.multiprocessing.get_context("spawn")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            arguments = (rank, self.world_size, self._folder.name, theirs)
+            arguments = (rank, self.world_size, self._folder.name, self._store.port, theirs)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -131,6 +134,7 @@ class Ranks:
             pipe.close()
         self._processes.clear()
         self._pipes.clear()
+        self._store = None
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -151,7 +155,7 @@ def _stderr_path(folder: str, rank: int) -> Path:
     return Path(folder) / f"stderr-{rank}"
 
 
-def _serve(rank: int, world_size: int, folder: str, pipe: connection.Connection) -> None:
+def _serve(rank: int, world_size: int, folder: str, port: int, pipe: connection.Connection) -> None:
     """The life of one process: join the group, run what comes, leave the group."""
     with _stderr_path(folder, rank).open("w", buffering=1) as stderr:
         os.dup2(stderr.fileno(), 2)
@@ -159,7 +163,7 @@ def _serve(rank: int, world_size: int, folder: str, pipe: connection.Connection)
         _set_environment(rank, world_size)
         # DeepSpeed would compile its shared-memory op, for a collective that training does not use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        store = dist.FileStore(str(Path(folder) / "store"), world_size)
+        store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False)
         # Longer than any case: it is the parent who notices a hang, and says where.
         limit = timedelta(seconds=10 * CASE_SECONDS)
         dist.init_process_group(_backend(world_size), store=store, rank=rank, world_size=world_size, timeout=limit)

@@ -366,10 +366,6 @@ def save_wrongly(act: Callable[[Any], Any], folder: str) -> str:
     return "no error"
 
 
-def freeze_one(engine: Any) -> None:
-    engine.module.get_parameter("blocks.1.gain").requires_grad_(False)
-
-
 def add_one(engine: Any) -> None:
     engine.module.extra = torch.nn.Parameter(torch.zeros(3))
 
@@ -381,7 +377,6 @@ def by_rank(engine: Any) -> None:
 @pytest.mark.parametrize(
     ("act", "words"),
     [
-        (freeze_one, ["blocks.1.gain", "attach"]),
         (add_one, ["extra", "attach"]),
         (by_rank, ["save_dir and tag", "rank0", "rank1"]),
     ],

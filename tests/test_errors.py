@@ -437,6 +437,36 @@ def test_no_rank_waits_for_ever_for_one_that_waits_for_it(pool: RankPool) -> Non
     assert "ds_childtune" not in second[2]
 
 
+class FullStore:
+    """torch's store where it takes nothing more, as one in a file on a full disk."""
+
+    def set(self, *_: object) -> None:
+        raise RuntimeError("No space left on device")
+
+
+def raised_without_words(store: FullStore | None) -> list[str]:
+    """What each of two agreements raises: rank 1 fails in the first, both in the second."""
+    texts = []
+    for failing in ([1], [0, 1]):
+        rank = dist.get_rank()
+        error = ValueError(f"of rank {rank}") if rank in failing else None
+        with (
+            mock.patch.object(_ranks, "_default_store", return_value=store),
+            contextlib.redirect_stderr(io.StringIO()),
+            pytest.raises((ValueError, RuntimeError)) as raised,
+        ):
+            _ranks.raise_together(error)
+        texts.append(str(raised.value))
+    return texts
+
+
+@pytest.mark.parametrize("store", [FullStore(), None], ids=["full", "none, as with MPI"])
+def test_ranks_agree_where_no_store_takes_an_error_s_words(pool: RankPool, store: FullStore | None) -> None:
+    first, second = pool[2].run(raised_without_words, store)
+    assert first == ["[rank 1] an error, which that rank has printed.", "[rank 0 and 1 more] of rank 0"]
+    assert second == ["[rank 1] of rank 1", "[rank 0 and 1 more] an error, which that rank has printed."]
+
+
 # ---------------------------------------------------------------- uneven batches
 
 
