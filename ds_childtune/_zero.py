@@ -45,6 +45,9 @@ class Parameters:
     not_held: tuple[str, ...]
     """Trainable parameters that the optimizer does not hold, so that they do not train."""
 
+    frozen: dict[str, nn.Parameter]
+    """Parameters that were frozen when this was read, and that the optimizer does not hold: thawing them trains nothing."""
+
     aliases: dict[str, str]
     """Every name of every parameter, frozen and tied ones included, to its first name."""
 
@@ -224,7 +227,8 @@ def read_parameters(engine: Engine) -> Parameters:
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
     by_name: dict[str, nn.Parameter] = {}
-    not_held = []
+    not_held: list[str] = []
+    frozen: dict[str, nn.Parameter] = {}
     for name, param in engine.module.named_parameters(remove_duplicate=False):
         aliases[name] = first.setdefault(id(param), name)
         if aliases[name] == name:
@@ -232,13 +236,15 @@ def read_parameters(engine: Engine) -> Parameters:
                 by_name[name] = param
             elif param.requires_grad:
                 not_held.append(name)
+            else:
+                frozen[name] = param
     strangers = [tuple(p.shape) for key, p in held.items() if key not in first]
     if strangers:
         raise NotImplementedError(
             f"ds_childtune does not support an optimizer that holds parameters outside the model: it has {len(strangers)} of shapes"
             f" {', '.join(map(str, strangers[:3]))}. Remedy: make them parameters of the model that deepspeed.initialize is given."
         )
-    return Parameters(by_name, tuple(not_held), aliases, _shapes(engine))
+    return Parameters(by_name, tuple(not_held), frozen, aliases, _shapes(engine))
 
 
 def changed_parameters(engine: Engine, parameters: Parameters) -> list[str]:

@@ -107,6 +107,7 @@ class ChildTuner:
         """The applied step at which the child was chosen."""
         self._earlier_children = False
         """Whether another child was trained before this one."""
+        self._looks_for_thawed = True
         self._self_check: SelfCheck | None = None
         self._report: Report | None = None
         self._policy: Policy | None = None
@@ -506,11 +507,25 @@ class ChildTuner:
         """What was attached to is still there; and a step that DeepSpeed says it applied must have come by here."""
         if (problem := _zero.missing_groups(self.engine)) is not None:
             raise RuntimeError(f"ChildTuner: {problem}")
+        self._tell_of_thawed()
         if self.step == 0 and _zero.applied_steps(self.engine) > self._steps_at_attach:
             raise RuntimeError(
                 "ds_childtune self-check: DeepSpeed applied a step, but its base optimizer's step hooks did not fire, so no"
                 f" mask acted. Remedy: report this set-up ({type(self.engine.optimizer).__name__} around"
                 f" {type(_zero.base_optimizer(self.engine)).__name__}); until then it is not supported."
+            )
+
+    def _tell_of_thawed(self) -> None:
+        """Once: parameters that were frozen at `deepspeed.initialize` and thawed since do not train, in plain DeepSpeed either."""
+        if not self._looks_for_thawed:
+            return
+        thawed = [name for name, param in self._parameters.frozen.items() if param.requires_grad]
+        if thawed:
+            self._looks_for_thawed = False
+            tell(
+                f"WARNING: {len(thawed)} parameters do not train ({', '.join(thawed[:4])}{', ...' if len(thawed) > 4 else ''}):"
+                " they were frozen at deepspeed.initialize, so the optimizer does not hold them. Remedy: call requires_grad_(True)"
+                " before deepspeed.initialize, give the optimizer all that is to train at any time, and freeze it afterwards."
             )
 
     def _chosen_policy(self) -> Policy:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import ds_childtune
+from ds_childtune import tuner
 from tests import reference
 from tests.distributed import RankPool
 from tests.engines import Setup, Weights, engine_of, master_weights, model_weights, train_step
@@ -281,8 +283,9 @@ def test_thawing_what_was_frozen_at_attach_is_refused_at_the_first_step(pool: Ra
         assert in_block(moved_)
 
 
-def thawed_after_initialize(setup: Setup, block: dict[str, Any], folder: str) -> tuple[str, Chapter]:
-    """A block that is frozen when DeepSpeed builds its optimizer never trains; saving and attaching go on."""
+def thawed_after_initialize(setup: Setup, block: dict[str, Any], folder: str) -> tuple[list[str], str, Chapter]:
+    """A block that is frozen when DeepSpeed builds its optimizer never trains, which is said; saving and attaching go on."""
+    told: list[str] = []
     model = build("gpt2")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(BLOCK))
@@ -292,21 +295,26 @@ def thawed_after_initialize(setup: Setup, block: dict[str, Any], folder: str) ->
         child = ds_childtune.attach(engine, block)
         child.select(share(4, seed=1000))
         chapter(engine, child, 1)
-        freeze(engine, False)
-        chapter(engine, child, 2)
+        with mock.patch.object(tuner, "tell", told.append):
+            chapter(engine, child, 1)
+            freeze(engine, False)
+            chapter(engine, child, 2)
         engine.save_checkpoint(folder)
         child.detach()
         child = ds_childtune.attach(engine, block)
         child.select(share(4, seed=1001))
         engine.save_checkpoint(folder, tag="again")
-        return child._eligibility(), chapter(engine, child, 3)
+        return told, child._eligibility(), chapter(engine, child, 3)
     finally:
         engine.destroy()
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_thawing_what_was_frozen_at_initialize(pool: RankPool, stage: int, tmp_path: Path) -> None:
-    for told, went_on in pool[2].run(thawed_after_initialize, Setup(stage=stage), COMPACT, str(tmp_path)):
+    for warned, told, went_on in pool[2].run(thawed_after_initialize, Setup(stage=stage), COMPACT, str(tmp_path)):
+        assert len(warned) == 1, "it is said once, and not before the block is thawed"
+        assert "12 parameters do not train" in warned[0]
+        assert "Remedy: call requires_grad_(True) before deepspeed.initialize" in warned[0]
         assert "12 trainable parameters of 728 elements are not in the optimizer, so they do not train" in told
         assert went_on.moved
         assert not in_block(went_on.moved)
