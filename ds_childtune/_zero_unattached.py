@@ -1,6 +1,6 @@
 """An engine whose config has a "child_tuning" block takes no step without a child. Reads DeepSpeed's attributes, as `_zero.py` does.
 
-[Note: the block alone]
+[Note: a block without a child]
 The block is read by `attach`. Without that call DeepSpeed ignores it, as it ignores every key that it does not know, and all
 elements would train, without a word. So the one thing that importing ds_childtune does is to put a look at the engine before
 `DeepSpeedEngine._take_model_step`, which every step of every kind of engine comes through. An engine passes that has no block, has a
@@ -18,7 +18,7 @@ _MARK = "looks_for_a_child"
 
 
 def watch_steps() -> None:
-    """See [Note: the block alone]. Calling it again changes nothing."""
+    """See [Note: a block without a child]. Calling it again changes nothing."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     step = DeepSpeedEngine._take_model_step

@@ -19,7 +19,7 @@ with those of them that are inside the child, and values for each of these (weig
 and under the header's `__metadata__`, key "pieces", a json list of `PieceEntry`. The pieces of a parameter never overlap, and cover
 it: so whoever reads can ask for any run of elements, whoever wrote them.
 
-Version 1, which is still read, has no holders: whoever reads it looks into every file first.
+Version 1, which is still read, has no holders: a reader looks into every file first.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The `"child_tuning"` block of a DeepSpeed config, checked.
 
-The block does nothing by itself: `attach` reads it, and until then the engine refuses to step (see [Note: the block alone]).
+The block does nothing by itself: `attach` reads it, and until then the engine refuses to step (see [Note: a block without a child]).
 """
 
 from __future__ import annotations

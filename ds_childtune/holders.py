@@ -7,8 +7,8 @@ the first `head`, every further one `each`, the last what is left.
     parameter of 30 elements     rank 3: [0, 4)   rank 4: [4, 14)   rank 5: [14, 24)   rank 6: [24, 30)
                                  first 3, head 4, each 10
 
-So a manifest says for every parameter in which files its elements lie, in as many bytes for a thousand files as for one, and whoever
-wants some of them opens those only. Nobody takes it on trust: ranks compare it with what they hold before it is written, and a
+So a manifest says for every parameter in which files its elements lie, in as many bytes for a thousand files as for one, and a reader
+that wants some of them opens only those. Nobody takes it on trust: ranks compare it with what they hold before it is written, and a
 reader compares every file that it opens.
 """
 

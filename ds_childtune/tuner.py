@@ -38,7 +38,7 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
     """Make `engine` train a child network. A collective: call it on every rank, after `deepspeed.initialize`.
 
     ChildTuning-F acts from the next step on; ChildTuning-D needs `select` first. An engine whose config has the block refuses to
-    step before `attach`, see [Note: the block alone].
+    step before `attach`, see [Note: a block without a child].
 
     Args:
         engine: what `deepspeed.initialize` returned.
