@@ -94,7 +94,7 @@ def raise_together(error: Exception | None) -> None:
     """Raise on every rank if `error` is not None on any. A collective; one small all-reduce when nothing is wrong.
 
     A failing rank prints its error at once, as the others may be where they do not hear of it: inside a collective of the data
-    loader's or the model's that this rank will never join. It waits for them for a while only, and then raises alone; they are
+    loader's or the model's that this rank will never join. It waits for them for a while only, and then raises by itself; they are
     left to the process group's time-out, or to the launcher, which ends a job that has lost a rank.
 
     Raises:
@@ -116,7 +116,7 @@ def raise_together(error: Exception | None) -> None:
         failed[1, rank // 32] = _leave_words(number, rank, words) << rank % 32
         if not _all_reduce_in_time(failed):
             raise Unanswered(
-                f"[rank {rank}] {text} (The other ranks did not answer in {_PATIENCE:.0f} s, so this rank raises alone: they"
+                f"[rank {rank}] {text} (The other ranks did not answer in {_PATIENCE:.0f} s, so only this rank raises: they"
                 " are probably waiting for it in a collective of the data loader or the model.)"
             ) from error
     ranks, with_words = (

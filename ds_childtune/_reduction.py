@@ -32,7 +32,7 @@ from torch import Tensor
 from ds_childtune._ranks import device
 
 Receive = Callable[[str, int, Tensor], None]
-"""`receive(name, start, sums)`: fp32 1-D, of the elements from `start` on of the flattened parameter; valid for the call alone."""
+"""`receive(name, start, sums)`: fp32 1-D, of the elements from `start` on of the flattened parameter; valid only during the call."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Reduction:
         self._flush()
 
     def _factor(self, flat: Tensor) -> Tensor | None:
-        """What clips it: torch.nn.utils.clip_grad_norm_'s formula, which the original code applies to each tensor alone."""
+        """What clips it: torch.nn.utils.clip_grad_norm_'s formula, which the original code applies to each tensor."""
         if self._clip is None:
             return None
         norm: Tensor = torch.linalg.vector_norm(flat, dtype=torch.float32) * self._unscale

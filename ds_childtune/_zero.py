@@ -193,7 +193,7 @@ def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
     """The optimizer that steps flat shards.
 
     Not always `engine.basic_optimizer`: ZeRO builds a second Adagrad, whose state exists from its construction on. Nor what that one
-    may wrap: DeepSpeed's own wrapper alone is looked into.
+    may wrap: only DeepSpeed's own wrapper is looked into.
     """
     base: torch.optim.Optimizer = engine.basic_optimizer
     if engine.optimizer is not base:

@@ -158,7 +158,7 @@ def _partitioned(optimizer: Any) -> Iterator[None]:
 
 @contextmanager
 def _halfway(run: SavedRun) -> Iterator[None]:
-    """One rank's disk or memory may fail it alone: an error on every rank, which says that what was loaded is not whole."""
+    """One rank's disk or memory may fail, and no other's: an error on every rank, which says that what was loaded is not whole."""
     error: Exception | None = None
     try:
         yield
