@@ -5,17 +5,19 @@ child.select(calibration_batches)        # ChildTuning-D
 """
 
 from ds_childtune._version import __version__
-from ds_childtune._zero_lean import lean_start
-from ds_childtune._zero_unattached import watch_steps
-from ds_childtune.child_apply import AppliedChild, apply_child
-from ds_childtune.child_format import ChildFileError
-from ds_childtune.child_merge import compose, merge
+from ds_childtune.child_files.apply import AppliedChild, apply_child
+from ds_childtune.child_files.format import ChildFileError
+from ds_childtune.child_files.merge import compose, merge
+from ds_childtune.child_files.reader import Child, open_child
 from ds_childtune.config import ChildTuningConfig, FisherConfig
 from ds_childtune.report import ParameterReport, Report
 from ds_childtune.tuner import ChildTuner, attach
+from ds_childtune.zero.lean_start import lean_start
+from ds_childtune.zero.unattached import watch_steps
 
 __all__ = [
     "AppliedChild",
+    "Child",
     "ChildFileError",
     "ChildTuner",
     "ChildTuningConfig",
@@ -28,6 +30,7 @@ __all__ = [
     "compose",
     "lean_start",
     "merge",
+    "open_child",
 ]
 
 watch_steps()

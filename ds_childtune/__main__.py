@@ -19,11 +19,11 @@ try:
 except ImportError:
     sys.exit('ds_childtune: the command line needs typer and rich. Remedy: pip install "ds_childtune[cli]".')
 
-from ds_childtune.child_apply import Conflicts
-from ds_childtune.child_compare import Overlap, by_layer, compare, total
-from ds_childtune.child_export import KIND, ExportInfo
-from ds_childtune.child_merge import compose, merge
-from ds_childtune.child_reader import Child, open_child
+from ds_childtune.child_files.apply import Conflicts
+from ds_childtune.child_files.compare import Overlap, by_layer, compare, total
+from ds_childtune.child_files.export_info import KIND, ExportInfo
+from ds_childtune.child_files.merge import compose, merge
+from ds_childtune.child_files.reader import Child, open_child
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
-
-from ds_childtune.child_format import ChildFileError
 
 _DEVICE = "device"
 
@@ -42,15 +42,25 @@ def write_random_states(states: dict[str, Tensor]) -> None:
     """Put back what `read_random_states` gave; a device's state only on a machine that has such a device.
 
     Raises:
-        ChildFileError: for what no generator gave.
+        ValueError: for what no generator gave.
     """
     try:
         _write(states)
     except (KeyError, IndexError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise ChildFileError(
+        raise ValueError(
             f"random states: expected those of torch, numpy and python, got {type(error).__name__}: {str(error)[:200]}."
             " Remedy: use another checkpoint, or an undamaged copy."
         ) from error
+
+
+@contextmanager
+def kept_random_states() -> Iterator[None]:
+    """After the `with` the generators are as they were before it."""
+    states = read_random_states()
+    try:
+        yield
+    finally:
+        write_random_states(states)
 
 
 def _write(states: dict[str, Tensor]) -> None:

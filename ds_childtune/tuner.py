@@ -14,24 +14,48 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ds_childtune import _zero, _zero_clip, _zero_depth, _zero_layout, _zero_reads
-from ds_childtune._calibration import LossFunction, check_batches, default_loss, estimate_fisher
-from ds_childtune._ranks import check_same, device, raising_together, sum_over_ranks, tell
-from ds_childtune.attached import Attached, ChildState, Policy, Resumed
+from ds_childtune.attachment import Attached, Policy
 from ds_childtune.checkpoint import Checkpoints
-from ds_childtune.child_export import export_child
-from ds_childtune.choosing import ShardScores, cut_at, magnitudes, masks_inside, positive, random_numbers, reverse_order
-from ds_childtune.compact_child import CompactChild
+from ds_childtune.checkpoint.run_record import Progress
+from ds_childtune.checkpoint.state import ChildState, Resumed
+from ds_childtune.child.compact import CompactChild
+from ds_childtune.child.dense import DenseChild
+from ds_childtune.child.optimizer_check import put_back, tried
+from ds_childtune.child.self_check import SelfCheck
+from ds_childtune.child.task_free import TaskFreeChild
+from ds_childtune.child_files.export import export_child
 from ds_childtune.config import ChildTuningConfig, parse_config
-from ds_childtune.eligible import eligible_names
-from ds_childtune.fisher import Fisher
 from ds_childtune.gathering import count_kept, gather
-from ds_childtune.optimizer_check import put_back, tried
-from ds_childtune.policies import DenseChild, TaskFreeChild
+from ds_childtune.random_states import kept_random_states
+from ds_childtune.ranks import check_same, device, raising_together, sum_over_ranks, tell
 from ds_childtune.report import ParameterReport, Report
-from ds_childtune.run_record import Progress
-from ds_childtune.self_check import SelfCheck
+from ds_childtune.selection.eligible import eligible_names
+from ds_childtune.selection.fisher import Fisher
+from ds_childtune.selection.fisher_pass import LossFunction, check_batches, default_loss, estimate_fisher
+from ds_childtune.selection.selectors import (
+    ShardScores,
+    cut_at,
+    magnitudes,
+    masks_inside,
+    positive,
+    random_numbers,
+    reverse_order,
+)
 from ds_childtune.shards import FlatShard, Fragment, mark_eligible
+from ds_childtune.zero.clip import NormOfChild, refuse_unsupported_clip
+from ds_childtune.zero.compact_depth import Depth, refuse_lean
+from ds_childtune.zero.compact_reads import Reads, redirect
+from ds_childtune.zero.engine import (
+    applied_steps,
+    base_optimizer,
+    child_tuning_block,
+    empty_param_groups,
+    inside_accumulation,
+)
+from ds_childtune.zero.flat_shards import read_flat_shards, read_parameters
+from ds_childtune.zero.layout_check import check_layout
+from ds_childtune.zero.masters import separate_masters, share_masters
+from ds_childtune.zero.supported import check_engine, missing_groups, refuse_unsupported_engine
 
 
 def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = None) -> ChildTuner:
@@ -49,30 +73,31 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
         NotImplementedError: for a set-up that is not supported; on every rank, with a remedy.
         RuntimeError: when the engine has a child already.
     """
-    _zero.check_engine(engine)
+    check_engine(engine)
     with raising_together():
         if getattr(engine, "child_tuner", None) is not None:
             raise RuntimeError("attach: this engine has a ChildTuner already. Remedy: call its detach() first.")
-        parsed = parse_config(config if config is not None else _zero.child_tuning_block(engine))
-        _zero.refuse_unsupported(engine)
-        parameters = _zero.read_parameters(engine)
+        parsed = parse_config(config if config is not None else child_tuning_block(engine))
+        refuse_unsupported_engine(engine)
+        parameters = read_parameters(engine)
         eligible = eligible_names(engine.module, tuple(parameters.by_name), parsed)
-        shards = mark_eligible(_zero.read_flat_shards(engine, parameters), eligible)
+        shards = mark_eligible(read_flat_shards(engine, parameters), eligible)
         if parsed.clip == "child":
-            _zero_clip.refuse_unsupported(engine)
-        _zero_depth.refuse_lean(engine, compact=parsed.optimizer_state == "compact", clip=parsed.clip)
-        _zero_layout.check_layout(engine, parameters.by_name, shards)
-        behaviour = tried(_zero.base_optimizer(engine), shards, parsed)
+            refuse_unsupported_clip(engine)
+        refuse_lean(engine, compact=parsed.optimizer_state == "compact", clip=parsed.clip)
+        check_layout(engine, parameters.by_name, shards)
+        with kept_random_states():
+            behaviour = tried(base_optimizer(engine), shards, parsed)
     check_same(parsed.model_dump_json(), "child_tuning")
     check_same(repr(sorted(parameters.shapes.items())), "the model's parameter names and shapes")
     check_same(repr(sorted(parameters.by_name)), "the parameters that the optimizer holds")
-    _zero.empty_param_groups(engine)
+    empty_param_groups(engine)
     for shard in shards:
         # At ZeRO-3 it is whatever was in memory: an optimizer that takes a norm of the whole shard (Adafactor) comes to inf by it.
         for start, numel in shard.padding():
             shard.flat().narrow(0, start, numel).zero_()
     if parsed.optimizer_state == "compact":
-        _zero_depth.share_masters(engine)
+        share_masters(engine)
     return ChildTuner(Attached(engine, parsed, parameters, eligible, shards, behaviour))
 
 
@@ -111,16 +136,16 @@ class ChildTuner:
         self._self_check: SelfCheck | None = None
         self._report: Report | None = None
         self._policy: Policy | None = None
-        self._norm: _zero_clip.NormOfChild | None = None
-        self._reads: _zero_reads.Reads | None = None
+        self._norm: NormOfChild | None = None
+        self._reads: Reads | None = None
         if config.mode == "ChildTuning-F":
             self._policy = TaskFreeChild(shards, seed=config.seed, reserve_p=config.reserve_p)
-        base = _zero.base_optimizer(engine)
+        base = base_optimizer(engine)
         self._handles: list[RemovableHandle | Checkpoints] = [
             base.register_step_pre_hook(self._before_step),
             base.register_step_post_hook(self._after_step),
         ]
-        self._steps_at_attach = _zero.applied_steps(engine)
+        self._steps_at_attach = applied_steps(engine)
         self._handles.append(engine.module.register_forward_pre_hook(_checking_before_forward(self)))
         self._handles.append(Checkpoints(attached, read=self._state, resume=self._resume))
         engine.child_tuner = self
@@ -268,11 +293,11 @@ class ChildTuner:
 
     def _made_child(self, masks: Iterable[Tensor]) -> DenseChild | CompactChild:
         """A child, beside the one that trains so far. Elements that stay keep their state."""
-        base = _zero.base_optimizer(self.engine)
+        base = base_optimizer(self.engine)
         if self.config.optimizer_state == "dense":
             original = self.config.compat == "original"
             return DenseChild(self._shards, masks, base, self._behaviour, decay_outside=original)
-        depth = _zero_depth.Depth.of(self.engine, self.config.clip)
+        depth = Depth.of(self.engine, self.config.clip)
         tell(f'optimizer_state "compact" is at depth {depth.reason}')
         previous = self._policy if isinstance(self._policy, CompactChild) else None
         return CompactChild.made(self._shards, masks, base, depth.plumbing, previous, self._behaviour.rest_values)
@@ -283,9 +308,9 @@ class ChildTuner:
         child.take_over()
         if isinstance(child, CompactChild):
             self._shard_of = child.shard_of()
-            self._reads = _zero_reads.redirect(self.engine, child)
+            self._reads = redirect(self.engine, child)
         if self.config.clip == "child" and not (isinstance(child, CompactChild) and child.norm_is_child):
-            self._norm = _zero_clip.NormOfChild(self.engine, self._shards, self._parameters.by_name, child)
+            self._norm = NormOfChild(self.engine, self._shards, self._parameters.by_name, child)
         return child
 
     def _take_back_overrides(self) -> None:
@@ -309,7 +334,7 @@ class ChildTuner:
         self.step = to.progress.step
         self._selected_at = to.progress.selected_at
         self._earlier_children = to.progress.earlier_children
-        self._steps_at_attach = _zero.applied_steps(self.engine)
+        self._steps_at_attach = applied_steps(self.engine)
         self._stepped.clear()
         if self.config.mode == "ChildTuning-F":
             return self._policy
@@ -505,14 +530,14 @@ class ChildTuner:
 
     def _check_before_forward(self) -> None:
         """What was attached to is still there; and a step that DeepSpeed says it applied must have come by here."""
-        if (problem := _zero.missing_groups(self.engine)) is not None:
+        if (problem := missing_groups(self.engine)) is not None:
             raise RuntimeError(f"ChildTuner: {problem}")
         self._tell_of_thawed()
-        if self.step == 0 and _zero.applied_steps(self.engine) > self._steps_at_attach:
+        if self.step == 0 and applied_steps(self.engine) > self._steps_at_attach:
             raise RuntimeError(
                 "ds_childtune self-check: DeepSpeed applied a step, but its base optimizer's step hooks did not fire, so no"
                 f" mask acted. Remedy: report this set-up ({type(self.engine.optimizer).__name__} around"
-                f" {type(_zero.base_optimizer(self.engine)).__name__}); until then it is not supported."
+                f" {type(base_optimizer(self.engine)).__name__}); until then it is not supported."
             )
 
     def _tell_of_thawed(self) -> None:
@@ -541,7 +566,7 @@ class ChildTuner:
             raise RuntimeError("this ChildTuner is detached. Remedy: call attach(engine) again.")
 
     def _check_between_steps(self, what: str) -> None:
-        if _zero.inside_accumulation(self.engine):
+        if inside_accumulation(self.engine):
             raise RuntimeError(
                 f"{what}: called between a micro-batch and its optimizer step, whose gradients would be lost."
                 " Remedy: call it before training, or right after the step that ends an accumulation."
@@ -561,7 +586,7 @@ class ChildTuner:
             self._policy.release()
         self._take_back_overrides()
         if self.config.optimizer_state == "compact":
-            _zero_depth.separate_masters(self.engine)
+            separate_masters(self.engine)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

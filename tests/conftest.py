@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 import torch
 
-from tests.distributed import RankPool
+from tests.support.ranks import RankPool
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -20,9 +20,9 @@ from deepspeed.accelerator import get_accelerator
 
 import ds_childtune
 from tests import test_checkpoint, test_compact, test_export, test_masks, test_parity
-from tests.distributed import RankPool
-from tests.engines import Optimizer, Setup, engine_of, train_step
-from tests.models import batches
+from tests.support.engines import Optimizer, Setup, engine_of, train_step
+from tests.support.models import batches
+from tests.support.ranks import RankPool
 from tests.test_parity import Cell, D, F
 
 ON_CPU = get_accelerator().device_name() == "cpu"

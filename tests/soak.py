@@ -17,8 +17,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.engines import Weights
-from tests.lives import Job, Life, Trip, live
+from tests.support.engines import Weights
+from tests.support.lives import Job, Life, Trip, live
 from tests.test_bitwise import equal_bits
 from tests.test_checkpoint import BLOCKS
 from tests.test_elastic import Place, State

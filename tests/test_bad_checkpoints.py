@@ -21,10 +21,10 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 import ds_childtune
-from ds_childtune import _zero_files
-from tests.distributed import RankPool
-from tests.engines import Setup, engine_of, master_weights, train_step
-from tests.models import batches, deal
+from ds_childtune.zero.checkpoint_read import _read
+from tests.support.engines import Setup, engine_of, master_weights, train_step
+from tests.support.models import batches, deal
+from tests.support.ranks import RankPool
 from tests.test_bitwise import equal_bits
 from tests.test_checkpoint import BLOCKS
 
@@ -403,8 +403,8 @@ class Member:
 
 def test_an_enum_s_member_is_all_that_getattr_is_loaded_for(tmp_path: Path) -> None:
     torch.save({"zero_stage": Member(ZeroStageEnum, "gradients")}, tmp_path / "good")
-    assert _zero_files._read(tmp_path / "good", trusted=False) == {"zero_stage": ZeroStageEnum.gradients}
+    assert _read(tmp_path / "good", trusted=False) == {"zero_stage": ZeroStageEnum.gradients}
     for of, name in ((fragment_address, "__init__"), (ZeroStageEnum, "__class__"), (ZeroStageEnum, "mro")):
         torch.save({"zero_stage": Member(of, name)}, tmp_path / "bad")
         with pytest.raises(pickle.UnpicklingError):
-            _zero_files._read(tmp_path / "bad", trusted=False)
+            _read(tmp_path / "bad", trusted=False)

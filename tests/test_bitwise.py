@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 import ds_childtune
-from tests.distributed import RankPool
-from tests.engines import Optimizer, Setup, Weights, engine_of, master_weights, model_weights, train_step
-from tests.models import batches, deal
-from tests.reference import distance
+from tests.support.engines import Optimizer, Setup, Weights, engine_of, master_weights, model_weights, train_step
+from tests.support.models import batches, deal
+from tests.support.ranks import RankPool
+from tests.support.reference import distance
 from tests.test_parity import bits_equal
 
 P = 0.3

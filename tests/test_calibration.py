@@ -21,12 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import ds_childtune
-from ds_childtune import _calibration, _zero
-from ds_childtune._reduction import fill
-from tests import reference
-from tests.distributed import RankPool
-from tests.engines import Setup, Weights, model_weights
-from tests.reference import worst_difference
+from ds_childtune.selection import fisher_pass
+from ds_childtune.zero.reduction import fill
+from tests.support import reference
+from tests.support.engines import Setup, Weights, model_weights
+from tests.support.ranks import RankPool
+from tests.support.reference import worst_difference
 
 EVERYTHING = {"mode": "ChildTuning-D", "reserve_p": 0.3, "include": ["*"]}
 WIDTH = 6
@@ -299,8 +299,8 @@ def fisher_with_a_loss_scale(setup: Setup, estimator: str, scale: float) -> tupl
     """As in fp16, which DeepSpeed does not run on a CPU: the pass scales losses, and finds a scale that does not overflow."""
     with (
         engine_of(build(), setup) as engine,
-        mock.patch.object(_zero, "model_dtype", return_value=torch.float16),
-        mock.patch.object(_calibration, "loss_scale", return_value=scale),
+        mock.patch.object(fisher_pass, "model_dtype", return_value=torch.float16),
+        mock.patch.object(fisher_pass, "loss_scale", return_value=scale),
     ):
         child = ds_childtune.attach(engine, EVERYTHING | {"fisher": {"estimator": estimator}})
         fisher = child.estimate_fisher(batches_of(dist.get_rank(), 8))

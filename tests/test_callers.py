@@ -19,10 +19,10 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 import ds_childtune
-from ds_childtune import _zero
-from tests.distributed import RankPool
-from tests.engines import Setup, Weights, engine_of, model_weights, on_device, train_step
-from tests.models import batches, build, deal
+from ds_childtune.zero.engine import base_optimizer
+from tests.support.engines import Setup, Weights, engine_of, model_weights, on_device, train_step
+from tests.support.models import batches, build, deal
+from tests.support.ranks import RankPool
 
 COMPACT = {"mode": "ChildTuning-D", "reserve_p": 0.3, "optimizer_state": "compact"}
 
@@ -122,7 +122,7 @@ def step_that_fails(stage: int, reselects: bool) -> list[bool]:
     with engine_of(Setup("llama", stage=stage)) as engine:
         child = ds_childtune.attach(engine, COMPACT | {"selector": "random"})
         child.select()
-        base = _zero.base_optimizer(engine)
+        base = base_optimizer(engine)
         ours = [t for group in base.param_groups for t in group["params"]]
 
         def fail(*_: object) -> None:

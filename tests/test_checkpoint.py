@@ -16,12 +16,14 @@ import torch.distributed as dist
 from deepspeed import comm
 
 import ds_childtune
-from ds_childtune import _zero, _zero_checkpoint, _zero_elastic, _zero_lean
-from ds_childtune.checkpoint_load import CheckpointLoader
-from tests.distributed import RankPool
-from tests.engines import Setup, Weights, engine_of, master_weights, model_weights, train_step
-from tests.models import batches, deal
-from tests.reference import distance
+from ds_childtune.checkpoint import load
+from ds_childtune.checkpoint.load import CheckpointLoader
+from ds_childtune.zero import checkpoint_write, elastic
+from ds_childtune.zero.engine import base_optimizer
+from tests.support.engines import Setup, Weights, engine_of, master_weights, model_weights, train_step
+from tests.support.models import batches, deal
+from tests.support.ranks import RankPool
+from tests.support.reference import distance
 from tests.test_bitwise import counters, equal_bits, random_states
 
 P, N = 0.3, 2
@@ -145,7 +147,7 @@ def loaded_over_a_child(setup: Setup, folder: str, fails: bool) -> tuple[list[bo
             else:
                 lps = [partitions[dist.get_rank()] for partitions in optimizer.parallel_partitioned_bit16_groups]
             seen.extend(s.tensor.data_ptr() == lp.data_ptr() for s, lp in zip(child._shards, lps, strict=True))
-            seen.append(not any(_zero.base_optimizer(engine).state.values()))
+            seen.append(not any(base_optimizer(engine).state.values()))
             if fails:
                 raise OSError("the disk is gone")
             return load(*args, **kwargs)
@@ -216,10 +218,10 @@ def out_of_memory_on_one_rank(setup: Setup, folder: str, where: str) -> tuple[st
         if not saves:
             engine.save_checkpoint(folder)
         owner, name = {
-            "save": (_zero_checkpoint, "_alone"),
-            "load": (_zero_lean, "settle"),
+            "save": (checkpoint_write, "_alone"),
+            "load": (load, "restore_dense"),
             "DeepSpeed's load": (engine.optimizer, "load_state_dict"),
-            "load elsewhere": (_zero_elastic, "_load_optimizer"),
+            "load elsewhere": (elastic, "_load_optimizer"),
         }[where]
         broken = mock.patch.object(owner, name, refuse) if dist.get_rank() == 1 else contextlib.nullcontext()
         stack = contextlib.ExitStack()

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ds_childtune.child_format import DTYPES, ChildFileError, Manifest, ParameterEntry, Piece
-from ds_childtune.child_reader import open_child
-from ds_childtune.child_writer import commit, write_pieces
-from ds_childtune.durable import new_folder
-from ds_childtune.fingerprint import fingerprint, signed
+from ds_childtune.child_files.atomic import new_folder
+from ds_childtune.child_files.fingerprint import fingerprint, signed
+from ds_childtune.child_files.format import DTYPES, ChildFileError, Manifest, ParameterEntry, Piece
+from ds_childtune.child_files.reader import open_child
+from ds_childtune.child_files.writer import commit, write_pieces
 
 MASKS = st.lists(st.booleans(), min_size=1, max_size=70) | st.tuples(st.booleans(), st.integers(1, 70)).map(
     lambda t: [t[0]] * t[1]

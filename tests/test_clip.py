@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 import ds_childtune
-from tests import reference
-from tests.distributed import RankFailure, RankPool
-from tests.engines import Optimizer, Setup, Weights, engine_of, master_weights, train_step
-from tests.models import batches, build, deal
+from tests.support import reference
+from tests.support.engines import Optimizer, Setup, Weights, engine_of, master_weights, train_step
+from tests.support.models import batches, build, deal
+from tests.support.ranks import RankFailure, RankPool
 
 P, STEPS, CLIP = 0.2, 3, 0.05
 SGD = Optimizer("SGD", {"lr": 0.3, "momentum": 0.9})

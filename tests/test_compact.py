@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import ds_childtune
-from ds_childtune import _zero, child_shards
-from tests.distributed import RankPool
-from tests.engines import Optimizer, Setup, Weights, engine_of, master_weights, model_weights, train_step
-from tests.models import batches, deal
+from ds_childtune.child import child_shard as child_shards
+from ds_childtune.zero.engine import base_optimizer
+from tests.support.engines import Optimizer, Setup, Weights, engine_of, master_weights, model_weights, train_step
+from tests.support.models import batches, deal
+from tests.support.ranks import RankPool
 
 P, STEPS = 0.3, 3
 SGD = Optimizer("SGD", {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1})
@@ -82,7 +83,7 @@ def run(case: Case, optimizer_state: str, clip: str | None = None) -> Run:
         block = {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": optimizer_state, "clip": clip}
         child = ds_childtune.attach(engine, block)
         start, phases = master_weights(engine), []
-        state = _zero.base_optimizer(engine).state
+        state = base_optimizer(engine).state
         for number in range(1 + case.reselect):
             names = [p.name for p in child.select(share(setup, 1000 + number, 4)).parameters]
             train()
@@ -323,7 +324,7 @@ def without_elements(optimizer_state: str, first: str) -> tuple[list[Weights], l
         child = ds_childtune.attach(engine, block)
         name = sorted(child._eligible)[-1]
         last = engine.module.get_parameter(name)
-        base = _zero.base_optimizer(engine)
+        base = base_optimizer(engine)
         base.param_groups[0]["params"].sort(key=lambda p: p is last)
         numels: list[int] = []
         phases, kept, steps = [], [], iter(range(100))

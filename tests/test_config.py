@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from ds_childtune.config import ChildTuningConfig, parse_config
-from ds_childtune.eligible import eligible_names
+from ds_childtune.selection.eligible import eligible_names
 
 GOOD: dict[str, Any] = {"mode": "ChildTuning-D", "reserve_p": 0.2}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.lives import Job, Trip, live
 from tests.soak import Tally, soak
+from tests.support.lives import Job, Trip, live
 from tests.test_bitwise import equal_bits
 from tests.test_checkpoint import BLOCKS
 from tests.test_elastic import Place

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 import ds_childtune
-from tests.alive import Alive
-from tests.distributed import RankPool
-from tests.engines import Optimizer, Setup, Weights, engine_of, master_weights, model_weights, train_step
-from tests.models import batches, deal
+from tests.support.alive import Alive
+from tests.support.engines import Optimizer, Setup, Weights, engine_of, master_weights, model_weights, train_step
+from tests.support.models import batches, deal
+from tests.support.ranks import RankPool
 from tests.test_bitwise import equal_bits
 from tests.test_checkpoint import BLOCKS
 

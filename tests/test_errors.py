@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 
 import ds_childtune
-from ds_childtune import _ranks
-from ds_childtune._calibration import default_loss
-from tests import reference
-from tests.distributed import RankPool
-from tests.engines import Optimizer, Setup, engine_of, master_weights, on_device, train_step
-from tests.models import Batch, batches, build, deal
-from tests.reference import distance, worst_difference
+from ds_childtune import ranks
+from ds_childtune.selection.fisher_pass import default_loss
+from tests.support import reference
+from tests.support.engines import Optimizer, Setup, engine_of, master_weights, on_device, train_step
+from tests.support.models import Batch, batches, build, deal
+from tests.support.ranks import RankPool
+from tests.support.reference import distance, worst_difference
 from tests.test_parity import oracle_fisher
 
 F, D = "ChildTuning-F", "ChildTuning-D"
@@ -411,7 +411,7 @@ def select_from_a_loader_that_is_a_collective() -> tuple[str, str, str, bool]:
             yield batch
 
     printed = io.StringIO()
-    with engine_of(ODD) as engine, mock.patch.object(_ranks, "_PATIENCE", 1.0):
+    with engine_of(ODD) as engine, mock.patch.object(ranks, "_PATIENCE", 1.0):
         child = ds_childtune.attach(engine, CHILD_D)
         with contextlib.redirect_stderr(printed), pytest.raises((ValueError, RuntimeError)) as error:
             child.select(loader())
@@ -451,11 +451,11 @@ def raised_without_words(store: FullStore | None) -> list[str]:
         rank = dist.get_rank()
         error = ValueError(f"of rank {rank}") if rank in failing else None
         with (
-            mock.patch.object(_ranks, "_default_store", return_value=store),
+            mock.patch.object(ranks, "_default_store", return_value=store),
             contextlib.redirect_stderr(io.StringIO()),
             pytest.raises((ValueError, RuntimeError)) as raised,
         ):
-            _ranks.raise_together(error)
+            ranks.raise_together(error)
         texts.append(str(raised.value))
     return texts
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 import ds_childtune
 from ds_childtune import __main__ as command_line
 from ds_childtune import apply_child, compose, merge
-from ds_childtune.child_compare import by_layer, compare, total
-from ds_childtune.child_reader import open_child
-from tests.distributed import RankPool
-from tests.engines import Setup, Weights, engine_of, master_weights, model_weights, on_device, train_step
-from tests.models import batches, block_parameters, build, deal
+from ds_childtune.child_files.compare import by_layer, compare, total
+from ds_childtune.child_files.reader import open_child
+from tests.support.engines import Setup, Weights, engine_of, master_weights, model_weights, on_device, train_step
+from tests.support.models import batches, block_parameters, build, deal
+from tests.support.ranks import RankPool
 
 P = 0.3
 

@@ -9,11 +9,11 @@ import pytest
 import torch.distributed as dist
 
 import ds_childtune
-from tests import reference
-from tests.distributed import RankPool
-from tests.engines import Setup, Weights, engine_of
-from tests.models import Batch, batches, block_parameters, build, deal
-from tests.reference import worst_difference
+from tests.support import reference
+from tests.support.engines import Setup, Weights, engine_of
+from tests.support.models import Batch, batches, block_parameters, build, deal
+from tests.support.ranks import RankPool
+from tests.support.reference import worst_difference
 
 COUNT = 4
 """Micro-batches over all ranks: the same number on each, at 1, 2 and 4 ranks."""

@@ -20,25 +20,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_childtune import apply_child, run_record
-from ds_childtune import child_checkpoint as checkpoint
-from ds_childtune import holders as holding
+from ds_childtune import apply_child
 from ds_childtune._version import __version__
-from ds_childtune.child_compare import compare
-from ds_childtune.child_export import KIND, ExportInfo, describe, parameter_entries
-from ds_childtune.child_format import ChildFileError, Manifest, Piece, parsed, sealed
-from ds_childtune.child_reader import open_child
-from ds_childtune.child_writer import commit, write_pieces
-from ds_childtune.compact_child import CompactChild
+from ds_childtune.checkpoint import child as checkpoint
+from ds_childtune.checkpoint.rank_file import read_layout, restore_random_states, write_rank_file
+from ds_childtune.checkpoint.run_record import DeepSpeedFile, Progress, RunRecord
+from ds_childtune.checkpoint.tag_folder import read_latest, write_latest
+from ds_childtune.child.compact import CompactChild
+from ds_childtune.child_files.compare import compare
+from ds_childtune.child_files.export_info import KIND, ExportInfo, describe, parameter_entries
+from ds_childtune.child_files.fingerprint import fingerprint
+from ds_childtune.child_files.format import ChildFileError, Manifest, Piece, parsed, sealed
+from ds_childtune.child_files.holders import Held, Holders, Run, ranks_with
+from ds_childtune.child_files.reader import open_child
+from ds_childtune.child_files.writer import commit, write_pieces
 from ds_childtune.config import ChildTuningConfig
-from ds_childtune.fingerprint import fingerprint
-from ds_childtune.holders import Held, Holders, ranks_with
-from ds_childtune.layout import Layout, SavedShard
 from ds_childtune.random_states import read_random_states, write_random_states
-from ds_childtune.rank_file import read_layout, read_states, write_rank_file
 from ds_childtune.shards import FlatShard, Fragment
-from ds_childtune.tag_folder import read_latest, write_latest
-from tests.fuzzing import Files, mutated, read_files, write_files
+from ds_childtune.zero.layout import Layout, SavedShard
+from tests.support.fuzzing import Files, mutated, read_files, write_files
 
 HEADROOM = 256 << 20
 """Bytes that reading may take. The folders have a few KB."""
@@ -96,7 +96,7 @@ def read_export(folder: Path) -> None:
     apply_child(Tiny(), folder)
 
 
-class Run:
+class OneShard:
     """One flat shard with the parameters of `Tiny` that train, and a compact child in it."""
 
     SIZES = {"few": 900, "some": 41, "whole": 15}
@@ -116,7 +116,7 @@ class Run:
 
 def write_checkpoint(folder: Path) -> None:
     """What one rank would write."""
-    run = Run()
+    run = OneShard()
     run.shard.tensor.grad = torch.ones(run.shard.numel)
     run.optimizer.step()
     mask = torch.arange(run.shard.numel) % 3 != 0
@@ -130,14 +130,14 @@ def write_checkpoint(folder: Path) -> None:
     file = write_pieces(own, 0, checkpoint.pieces(child, fragments, checkpoint.moment_keys(child)))
     assert file is not None
     rank_file = write_rank_file(own, 0, read_random_states(), [SavedShard.of(run.shard, 0, 0, 0)])
-    record = run_record.RunRecord(
-        run_record.Progress(3, 1),
+    record = RunRecord(
+        Progress(3, 1),
         True,
         1,
         "AdamW",
         "float32",
         (rank_file,),
-        (run_record.DeepSpeedFile.of(folder / "model.pt", 0, "model"),),
+        (DeepSpeedFile.of(folder / "model.pt", 0, "model"),),
     )
     shapes = {name: torch.Size([numel]) for name, numel in run.SIZES.items()}
     entries = checkpoint.parameter_entries(shapes, shapes, torch.float32)
@@ -149,16 +149,16 @@ def write_checkpoint(folder: Path) -> None:
 
 def read_checkpoint(folder: Path) -> None:
     """All that is done to the library's own files when a checkpoint is loaded."""
-    run = Run()
+    run = OneShard()
     read_latest(folder)
     opened = open_child(folder / "child", kind=checkpoint.KIND)
-    record = run_record.RunRecord.of(opened)
+    record = RunRecord.of(opened)
     record.check_files(folder, 0, 1)
     checkpoint.check_config(opened, run.CONFIG)
     shapes = {name: torch.Size([numel]) for name, numel in run.SIZES.items()}
     checkpoint.check_model(opened, shapes, shapes)
     if opened.manifest.holders is not None:
-        runs = [holding.Run(f.name, f.param_start, f.param_start + f.numel) for f in run.shard.fragments]
+        runs = [Run(f.name, f.param_start, f.param_start + f.numel) for f in run.shard.fragments]
         ranks_with(opened.manifest.holders, {p.name: p.numel for p in opened.manifest.parameters}, runs)
     layout = Layout(shard for file in record.ranks for shard in read_layout(opened.folder / file.name))
     for fragment in run.shard.fragments:
@@ -169,7 +169,7 @@ def read_checkpoint(folder: Path) -> None:
     checkpoint.read_compact(opened, run.child(mask))
     before = read_random_states()
     try:
-        write_random_states(read_states(opened.folder / record.ranks[0].name))
+        restore_random_states(opened.folder / record.ranks[0].name)
     finally:
         write_random_states(before)
 

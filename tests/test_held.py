@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 import ds_childtune
 from ds_childtune import tuner
-from tests import reference
-from tests.distributed import RankPool
-from tests.engines import Setup, Weights, engine_of, master_weights, model_weights, train_step
-from tests.models import batches, build, deal
+from tests.support import reference
+from tests.support.engines import Setup, Weights, engine_of, master_weights, model_weights, train_step
+from tests.support.models import batches, build, deal
+from tests.support.ranks import RankPool
 
 P = 0.3
 D = {"mode": "ChildTuning-D", "reserve_p": P}

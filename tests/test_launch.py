@@ -28,9 +28,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import ds_childtune
-from tests.distributed import RankPool
-from tests.engines import train_step
-from tests.models import batches, build, deal
+from tests.support.engines import train_step
+from tests.support.models import batches, build, deal
+from tests.support.ranks import RankPool
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -243,7 +243,7 @@ def test_a_wrong_file_is_one_readable_error(folder: Path) -> None:
 def test_hugging_face_trainer(folder: Path, stage: int) -> None:
     """accelerate steps inside its backward, before any of Trainer's hooks: the masks must act all the same."""
     result = folder / f"trainer-{stage}.json"
-    launch(folder, str(folder), str(stage), str(result), script="tests/trainer_job.py")
+    launch(folder, str(folder), str(stage), str(result), script="tests/support/trainer_job.py")
     answer = json.loads(result.read_text())
     assert answer["step"] == 3
     assert answer["density"] == pytest.approx(0.3, abs=1e-3)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -19,12 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import ds_childtune
-from ds_childtune import _zero, _zero_layout
-from ds_childtune._zero_layout import check_layout
-from ds_childtune.shards import FlatShard
-from tests.distributed import RankPool
-from tests.engines import Optimizer, Setup, Weights, engine_of, master_weights, model_weights, train_step
-from tests.models import batches, deal
+from ds_childtune import tuner
+from ds_childtune.shards import FlatShard, Fragment
+from ds_childtune.zero.flat_shards import _mapped_shards, read_flat_shards
+from ds_childtune.zero.layout_check import check_layout
+from tests.support.engines import Optimizer, Setup, Weights, engine_of, master_weights, model_weights, train_step
+from tests.support.models import batches, deal
+from tests.support.ranks import RankPool
 
 F = {"mode": "ChildTuning-F", "reserve_p": 0.5}
 SGD = Optimizer("SGD", {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.1})
@@ -77,12 +79,8 @@ def shifted(shards: tuple[FlatShard, ...]) -> tuple[FlatShard, ...]:
 
 @contextmanager
 def lying(lie: Lie) -> Iterator[None]:
-    truth = _zero.read_flat_shards
-    _zero.read_flat_shards = lambda *arguments: lie(truth(*arguments))
-    try:
+    with mock.patch.object(tuner, "read_flat_shards", lambda *arguments: lie(read_flat_shards(*arguments))):
         yield
-    finally:
-        _zero.read_flat_shards = truth
 
 
 @dataclass(frozen=True)
@@ -159,20 +157,19 @@ def in_deepspeed_s_own_order(engine: Any, parameters: Any) -> tuple[FlatShard, .
     """As flat shards were read before round robin was known of."""
     names = {id(p): name for name, p in parameters.by_name.items()}
     optimizer = engine.optimizer
-    return _zero._mapped_shards(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, names)
+    return _mapped_shards(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, names)
 
 
 def save_as_before(setup: Setup, block: dict[str, Any], folder: str) -> Weights:
-    truth, check = _zero.read_flat_shards, _zero_layout.check_layout
-    _zero.read_flat_shards, _zero_layout.check_layout = in_deepspeed_s_own_order, lambda *_: None
-    try:
-        with engine_of(setup) as engine:
-            ds_childtune.attach(engine, block)
-            train_step(engine, share(setup, 1))
-            engine.save_checkpoint(folder)
-            return model_weights(engine)
-    finally:
-        _zero.read_flat_shards, _zero_layout.check_layout = truth, check
+    with (
+        mock.patch.object(tuner, "read_flat_shards", in_deepspeed_s_own_order),
+        mock.patch.object(tuner, "check_layout", return_value=None),
+        engine_of(setup) as engine,
+    ):
+        ds_childtune.attach(engine, block)
+        train_step(engine, share(setup, 1))
+        engine.save_checkpoint(folder)
+        return model_weights(engine)
 
 
 def load_from_before(setup: Setup, block: dict[str, Any], folder: str, attached: bool) -> tuple[list[str], Weights]:
@@ -246,7 +243,7 @@ def test_weights_edited_without_their_masters(pool: RankPool, name: str) -> None
 
 
 def looked_at(weights: Tensor, masters: Tensor) -> str:
-    shard = FlatShard(masters, (_zero.Fragment("w", 0, 0, weights.numel()),))
+    shard = FlatShard(masters, (Fragment("w", 0, 0, weights.numel()),))
     try:
         check_layout(SimpleNamespace(optimizer=SimpleNamespace()), {"w": nn.Parameter(weights)}, [shard])
     except RuntimeError as error:

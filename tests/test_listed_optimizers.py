@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 import ds_childtune
-from tests.distributed import RankPool
-from tests.engines import Optimizer, Setup, Weights, engine_of, master_weights, train_step
-from tests.models import batches, deal
+from tests.support.engines import Optimizer, Setup, Weights, engine_of, master_weights, train_step
+from tests.support.models import batches, deal
+from tests.support.ranks import RankPool
 from tests.test_bitwise import OFFLOADED, OPTIMIZERS, equal_bits
 
 STEPS = 2

@@ -11,7 +11,8 @@ import sys
 import pytest
 import torch
 
-from ds_childtune import masks
+from ds_childtune.child.generator import INDEX_BLOCK, MULTIPLIERS, base_keys, bernoulli_mask, keep_limit, step_keys
+from ds_childtune.child.mask_kernels import mask_kernel
 from ds_childtune.shards import Fragment
 
 CPU = torch.device("cpu")
@@ -21,7 +22,7 @@ N = 1 << 20
 def draw(
     name: str = "w", *, start: int = 0, numel: int = N, seed: int = 0, step: int = 0, p: float = 0.3
 ) -> torch.Tensor:
-    return masks.bernoulli_mask(Fragment(name, start, 0, numel), seed, step, p, device=CPU)
+    return bernoulli_mask(Fragment(name, start, 0, numel), seed, step, p, device=CPU)
 
 
 @pytest.mark.parametrize("p", [1e-3, 0.1, 0.3, 0.5, 0.9])
@@ -61,10 +62,10 @@ def test_an_element_s_bit_does_not_depend_on_its_fragment() -> None:
 
 
 def test_across_an_index_block() -> None:
-    start = masks.INDEX_BLOCK - 50
+    start = INDEX_BLOCK - 50
     both = draw(start=start, numel=100)
     assert torch.equal(both[:50], draw(start=start, numel=50))
-    assert torch.equal(both[50:], draw(start=masks.INDEX_BLOCK, numel=50))
+    assert torch.equal(both[50:], draw(start=INDEX_BLOCK, numel=50))
     assert not torch.equal(both[50:], draw(start=0, numel=50))
 
 
@@ -72,12 +73,12 @@ def test_across_an_index_block() -> None:
 @pytest.mark.parametrize("numel", [1, 7, 8192, 12_290, 100_003])
 def test_kernels_are_bit_identical_and_match_the_mask(dtype: torch.dtype, numel: int) -> None:
     fragment = Fragment("w", 5, 0, numel)
-    key = masks.step_keys(masks.base_keys([fragment], 3, device=CPU), 7)[0]
+    key = step_keys(base_keys([fragment], 3, device=CPU), 7)[0]
     grad = torch.randn(numel, generator=torch.Generator().manual_seed(0)).to(dtype)
     fused, eager = grad.clone(), grad.clone()
-    masks.mask_kernel("cpu", dtype)(fused, key, masks.keep_limit(0.4), 1 / 0.4)
-    masks.mask_kernel("cpu", dtype, allow_compile=False)(eager, key, masks.keep_limit(0.4), 1 / 0.4)
-    mask = masks.bernoulli_mask(fragment, 3, 7, 0.4, device=CPU)
+    mask_kernel("cpu", dtype)(fused, key, keep_limit(0.4), 1 / 0.4)
+    mask_kernel("cpu", dtype, allow_compile=False)(eager, key, keep_limit(0.4), 1 / 0.4)
+    mask = bernoulli_mask(fragment, 3, 7, 0.4, device=CPU)
     assert torch.equal(fused, eager)
     assert torch.equal(fused, torch.where(mask, grad * (1 / 0.4), 0))
 
@@ -85,35 +86,35 @@ def test_kernels_are_bit_identical_and_match_the_mask(dtype: torch.dtype, numel:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_kernel_serves_every_size(dtype: torch.dtype) -> None:
     """torch.compile gives up after a few recompilations: no size, place in a shard or reserve_p may cost one."""
-    kernel, eager = masks.mask_kernel("cpu", dtype), masks.mask_kernel("cpu", dtype, allow_compile=False)
+    kernel, eager = mask_kernel("cpu", dtype), mask_kernel("cpu", dtype, allow_compile=False)
     key = torch.tensor([[9, 9], [1, 3]], dtype=torch.int32)[1]
     with torch._dynamo.config.patch(error_on_recompile=True):
         for numel in (1, 2, 63, 64, 100, 128, 192, 384, 4096, 4097, 64 * 64, 4096 * 64, 3 * 4096 + 64, 100_003):
             for start in (0, 1, 64):
                 for p in (0.1, 0.5, 1.0):
                     got, expected = torch.ones(start + numel, dtype=dtype), torch.ones(start + numel, dtype=dtype)
-                    kernel(got[start:], key, masks.keep_limit(p), 1 / p)
-                    eager(expected[start:], key, masks.keep_limit(p), 1 / p)
+                    kernel(got[start:], key, keep_limit(p), 1 / p)
+                    eager(expected[start:], key, keep_limit(p), 1 / p)
                     assert torch.equal(got, expected)
 
 
 def test_a_compiler_that_gives_up_in_a_run_is_replaced() -> None:
-    kernel = masks.mask_kernel("cpu", torch.float64)
+    kernel = mask_kernel("cpu", torch.float64)
     key = torch.tensor([1, 3], dtype=torch.int32)
     got, expected = torch.ones(8192, dtype=torch.float64), torch.ones(8192, dtype=torch.float64)
-    masks.mask_kernel("cpu", torch.float64, allow_compile=False)(expected, key, masks.keep_limit(0.3), 1 / 0.3)
+    mask_kernel("cpu", torch.float64, allow_compile=False)(expected, key, keep_limit(0.3), 1 / 0.3)
     torch._dynamo.reset()
     with (
         torch._dynamo.config.patch(recompile_limit=0),
         pytest.warns(RuntimeWarning, match="eager kernel"),
     ):
-        kernel(got, key, masks.keep_limit(0.3), 1 / 0.3)
+        kernel(got, key, keep_limit(0.3), 1 / 0.3)
     assert torch.equal(got, expected)
 
 
 def triton_and_eager(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """One gradient, masked by each: fragments of a few elements, of a block and of several, and padding between them."""
-    from ds_childtune import mask_triton
+    from ds_childtune.child import mask_triton
 
     block = mask_triton.BLOCK
     fragments, at = [], 3
@@ -122,14 +123,14 @@ def triton_and_eager(dtype: torch.dtype, device: torch.device) -> tuple[torch.Te
         at += numel + numel % 3
     got = torch.randn(at + 4, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     expected = got.clone()
-    keys = masks.step_keys(masks.base_keys(fragments, 3, device=device), 7)
-    mask_triton.ShardKernel(fragments, device, (masks._MULTIPLIER_1, masks._MULTIPLIER_2))(got, keys, KEPT, 1 / 0.4)
+    keys = step_keys(base_keys(fragments, 3, device=device), 7)
+    mask_triton.ShardKernel(fragments, device, MULTIPLIERS)(got, keys, KEPT, 1 / 0.4)
     for fragment, key in zip(fragments, keys, strict=True):
-        masks.mask_kernel(device.type, dtype, allow_compile=False)(fragment.of(expected), key, KEPT, 1 / 0.4)
+        mask_kernel(device.type, dtype, allow_compile=False)(fragment.of(expected), key, KEPT, 1 / 0.4)
     return got, expected
 
 
-KEPT = masks.keep_limit(0.4)
+KEPT = keep_limit(0.4)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which comes with torch for GPUs")

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import ds_childtune
-from ds_childtune import _zero
-from ds_childtune.optimizer_trial import Behaviour, behaviour_of
-from tests import optimizers
-from tests.distributed import RankPool
-from tests.engines import Setup, Weights, engine_of, master_weights, model_weights, train_step
-from tests.models import batches, deal
-from tests.reference import distance
+from ds_childtune.child.optimizer_trial import Behaviour, behaviour_of
+from ds_childtune.zero.flat_shards import read_flat_shards, read_parameters
+from tests.support import optimizers
+from tests.support.engines import Setup, Weights, engine_of, master_weights, model_weights, train_step
+from tests.support.models import batches, deal
+from tests.support.ranks import RankPool
+from tests.support.reference import distance
 from tests.test_bitwise import equal_bits
 
 Make = Callable[[Any], torch.optim.Optimizer]
@@ -287,7 +287,7 @@ def padded(block: dict[str, Any], garbage: float) -> tuple[Weights, int]:
     """Weights after steps of an optimizer that takes norms of whole flat shards, and elements of padding on all ranks."""
     with engine_of(replace(BASE, stage=3, client=torch.optim.Adafactor)) as engine:
         numel = torch.zeros((), dtype=torch.int64)
-        for shard in _zero.read_flat_shards(engine, _zero.read_parameters(engine)):
+        for shard in read_flat_shards(engine, read_parameters(engine)):
             covered = torch.zeros(shard.numel, dtype=torch.bool)
             for fragment in shard.fragments:
                 fragment.of(covered).fill_(True)

@@ -10,10 +10,10 @@ import pytest
 import torch.distributed as dist
 
 import ds_childtune
-from tests.distributed import RankPool
-from tests.engines import Setup, Weights, engine_of, master_weights, train_step
-from tests.models import Batch, batches, deal
-from tests.reference import distance
+from tests.support.engines import Setup, Weights, engine_of, master_weights, train_step
+from tests.support.models import Batch, batches, deal
+from tests.support.ranks import RankPool
+from tests.support.reference import distance
 from tests.test_bitwise import equal_bits
 from tests.test_checkpoint import BLOCKS
 

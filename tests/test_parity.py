@@ -19,10 +19,10 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 import ds_childtune
-from tests import reference
-from tests.distributed import RankPool
-from tests.engines import Optimizer, Setup, Weights, engine_of, master_weights, train_step
-from tests.models import Batch, batches, block_parameters, build, deal
+from tests.support import reference
+from tests.support.engines import Optimizer, Setup, Weights, engine_of, master_weights, train_step
+from tests.support.models import Batch, batches, block_parameters, build, deal
+from tests.support.ranks import RankPool
 
 P = 0.3
 STEPS = 3

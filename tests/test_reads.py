@@ -28,9 +28,18 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch import Tensor
 
 import ds_childtune
-from tests.distributed import RankPool
-from tests.engines import Optimizer, Setup, Weights, engine_of, master_weights, model_weights, on_device, train_step
-from tests.models import batches, deal
+from tests.support.engines import (
+    Optimizer,
+    Setup,
+    Weights,
+    engine_of,
+    master_weights,
+    model_weights,
+    on_device,
+    train_step,
+)
+from tests.support.models import batches, deal
+from tests.support.ranks import RankPool
 
 P = 0.3
 FUSED = Optimizer("AdamW", {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1})

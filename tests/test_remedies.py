@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 import ds_childtune
 from ds_childtune import apply_child, compose, merge
-from ds_childtune.child_compare import compare
-from ds_childtune.child_export import describe, parameter_entries
-from ds_childtune.child_format import Manifest, Piece, parsed, sealed
-from ds_childtune.child_reader import open_child
-from ds_childtune.child_writer import commit, write_pieces
-from ds_childtune.fingerprint import fingerprint
-from tests.distributed import RankPool
-from tests.engines import Setup, engine_of, master_weights, train_step
-from tests.models import batches, build, deal
+from ds_childtune.child_files.compare import compare
+from ds_childtune.child_files.export_info import describe, parameter_entries
+from ds_childtune.child_files.fingerprint import fingerprint
+from ds_childtune.child_files.format import Manifest, Piece, parsed, sealed
+from ds_childtune.child_files.reader import open_child
+from ds_childtune.child_files.writer import commit, write_pieces
+from tests.support.engines import Setup, engine_of, master_weights, train_step
+from tests.support.models import batches, build, deal
+from tests.support.ranks import RankPool
 from tests.test_bitwise import equal_bits
 from tests.test_checkpoint import BLOCKS
 

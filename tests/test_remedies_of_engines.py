@@ -16,10 +16,10 @@ from typing import Any
 import torch.distributed as dist
 
 import ds_childtune
-from tests.distributed import RankPool
-from tests.engines import Setup, engine_of, master_weights, train_step
-from tests.models import Batch, batches, deal
-from tests.reference import distance
+from tests.support.engines import Setup, engine_of, master_weights, train_step
+from tests.support.models import Batch, batches, deal
+from tests.support.ranks import RankPool
+from tests.support.reference import distance
 
 ODD = Setup("odd", stage=2)
 F: dict[str, Any] = {"mode": "ChildTuning-F", "reserve_p": 0.3}

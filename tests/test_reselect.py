@@ -14,12 +14,13 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_optimizer_state
 
 import ds_childtune
-from ds_childtune import choosing, tuner
-from ds_childtune.child_shards import ChildShard
-from tests import reference
-from tests.distributed import RankPool
-from tests.engines import Optimizer, Setup, Weights, engine_of, master_weights, train_step
-from tests.models import batches, build, deal
+from ds_childtune import tuner
+from ds_childtune.child.child_shard import ChildShard
+from ds_childtune.selection import selectors as choosing
+from tests.support import reference
+from tests.support.engines import Optimizer, Setup, Weights, engine_of, master_weights, train_step
+from tests.support.models import batches, build, deal
+from tests.support.ranks import RankPool
 
 P, STEPS = 0.3, 3
 ADAM = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}

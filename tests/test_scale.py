@@ -17,11 +17,14 @@ from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ds_childtune
-from ds_childtune import _zero_checkpoint, apply_child, child_reader
-from ds_childtune.child_checkpoint import read_masks
-from ds_childtune.child_compare import compare
-from ds_childtune.child_export import describe, parameter_entries
-from ds_childtune.child_format import (
+from ds_childtune import apply_child
+from ds_childtune.checkpoint.child import read_masks
+from ds_childtune.child_files import reader
+from ds_childtune.child_files.atomic import checksum
+from ds_childtune.child_files.compare import compare
+from ds_childtune.child_files.export_info import describe, parameter_entries
+from ds_childtune.child_files.fingerprint import fingerprint
+from ds_childtune.child_files.format import (
     ChildFileError,
     FileEntry,
     Manifest,
@@ -31,18 +34,16 @@ from ds_childtune.child_format import (
     adapter,
     sealed,
 )
-from ds_childtune.child_header import Header, read_header
-from ds_childtune.child_reader import Child, open_child
-from ds_childtune.child_writer import commit, write_pieces
-from ds_childtune.durable import checksum
-from ds_childtune.fingerprint import fingerprint
-from ds_childtune.gathering import gather_holders
-from ds_childtune.holders import Held, Holders, HoldersByRank, Run, ranks_with
+from ds_childtune.child_files.header import Header, read_header
+from ds_childtune.child_files.holders import Held, Holders, HoldersByRank, Run, ranks_with
+from ds_childtune.child_files.rank_holders import gather_holders
+from ds_childtune.child_files.reader import Child, open_child
+from ds_childtune.child_files.writer import commit, write_pieces
 from ds_childtune.shards import FlatShard, Fragment
-from tests.alive import test_what_is_alive_is_counted  # noqa: F401 # it runs here
+from ds_childtune.zero.checkpoint_write import _alone
 from tests.benchmarks import scale
-from tests.distributed import RankPool
-from tests.engines import Setup, engine_of
+from tests.support.engines import Setup, engine_of
+from tests.support.ranks import RankPool
 
 NAMES = [f"h.{i}.weight" for i in range(5)]
 
@@ -82,7 +83,7 @@ def test_reading_a_whole_model_parses_every_header_once(tmp_path: Path) -> None:
         parsed.append(file.name)
         return read_header(folder, file)
 
-    with mock.patch.object(child_reader, "read_header", counted):
+    with mock.patch.object(reader, "read_header", counted):
         child = open_child(tmp_path / "child", checksums=False)
         assert not parsed, "the headers are read before anybody asks for them"
         at_once = child.read_runs([child.whole(name) for name in NAMES])
@@ -245,8 +246,8 @@ def test_copies_of_masters_are_on_the_host() -> None:
     """Of a shard that is a view of a larger buffer on an accelerator, as a save has them."""
     with FakeTensorMode():
         buffer = torch.empty(100, dtype=torch.bfloat16, device="lazy")  # as good as any
-        assert _zero_checkpoint._alone(buffer) is buffer
-        copy = _zero_checkpoint._alone(buffer[20:50])
+        assert _alone(buffer) is buffer
+        copy = _alone(buffer[20:50])
     assert (copy.device.type, copy.dtype, copy.shape) == ("cpu", torch.bfloat16, (30,))
 
 

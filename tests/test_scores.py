@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_childtune.fisher import FisherAccumulator
-from ds_childtune.scores import TILE, Scores, new_scores
+from ds_childtune.selection.fisher import FisherAccumulator
+from ds_childtune.selection.scores import TILE, Scores, new_scores
 from ds_childtune.shards import FlatShard, Fragment
 
 CPU = torch.device("cpu")

@@ -1,6 +1,6 @@
 """What ds_childtune takes for granted about DeepSpeed and torch, and how its own modules may depend on each other.
 
-After an upgrade, look here first: each failure names the attribute that `_zero.py` reads and no longer finds.
+After an upgrade, look here first: each failure names the attribute that `zero/` reads and no longer finds.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import ds_childtune
-from tests.distributed import RankPool
-from tests.engines import Optimizer, Setup, engine_of, train_step
-from tests.models import batches
+from tests.support.engines import Optimizer, Setup, engine_of, train_step
+from tests.support.models import batches
+from tests.support.ranks import RankPool
 
 PACKAGE = Path(ds_childtune.__file__).parent
 
@@ -303,13 +303,13 @@ def test_what_a_calibration_pass_replaces_at_other_stages_has_the_parameters_tha
     assert isinstance(parameter_offload.FWD_MODULE_STACK, list)
 
 
-def test_the_pins_are_what_zero_py_reads() -> None:
-    """An attribute of the engine or of its optimizer that `_zero*.py` newly read has to be pinned above."""
+def test_the_pins_are_what_zero_reads() -> None:
+    """An attribute of the engine or of its optimizer that `zero/` newly reads has to be pinned above."""
     pinned = {part.removesuffix("()") for path in ENGINE for part in path.split(".")}
     pinned |= {part.removesuffix("()") for _, paths in WRAPPERS.values() for path in paths for part in path.split(".")}
     pinned |= set(OVERRIDDEN)
     read = set()
-    for node in itertools.chain(*(ast.walk(parsed(module)) for module in ZERO)):
+    for node in itertools.chain(*(ast.walk(parsed(module)) for module in MODULES if wing(module) == "zero")):
         if isinstance(node, ast.Attribute) and (
             (isinstance(node.value, ast.Name) and node.value.id in ("engine", "optimizer"))
             or (isinstance(node.value, ast.Attribute) and node.value.attr == "_optimizer")
@@ -321,7 +321,7 @@ def test_the_pins_are_what_zero_py_reads() -> None:
         if is_lookup and isinstance(node.args[0], ast.Name) and node.args[0].id in ("engine", "optimizer", "wrapper"):
             read |= {argument.value for argument in node.args[1:2] if isinstance(argument, ast.Constant)}
     pinned |= {part for path in PARTITIONED for part in path.split(".")}
-    for node in ast.walk(ast.parse((PACKAGE / "_zero_weights.py").read_text())):
+    for node in ast.walk(ast.parse((PACKAGE / "zero" / "weights.py").read_text())):
         if isinstance(node, ast.Attribute) and node.attr.startswith("ds_"):
             read.add(node.attr)
     # Optional by design: legacy fp16 fusion, and an attribute that ds_childtune itself sets.
@@ -387,7 +387,7 @@ def hooks_and_groups(stage: int) -> tuple[int, int, bool]:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_base_optimizer_is_handed_every_flat_shard_once(pool: RankPool, stage: int) -> None:
-    """See [Note: the one place] in `_zero.py`."""
+    """See [Note: the one place]."""
     for calls, shards, have_gradients in pool[2].run(hooks_and_groups, stage):
         assert have_gradients, "the base optimizer is stepped without gradients"
         assert calls == (shards if stage else 1), f"expected one call per flat shard, got {calls} for {shards} shards"
@@ -396,41 +396,29 @@ def test_the_base_optimizer_is_handed_every_flat_shard_once(pool: RankPool, stag
 
 # ---------------------------------------------------------------- the architecture
 
-PURE = (
-    "config",
-    "eligible",
-    "shards",
-    "optimizer_state",
-    "optimizer_trial",
-    "tiles",
-    "masks",
-    "mask_triton",
-    "fisher",
-    "scores",
-    "selection",
-    "weight_decay",
-    "policies",
-    "child_shards",
-    "compact_child",
-    "self_check",
-    "report",
-    "child_format",
-    "child_writer",
-    "child_reader",
-    "child_header",
-    "durable",
-    "layout",
-    "tag_folder",
-    "rank_file",
-    "run_record",
-    "fingerprint",
-    "child_compare",
-    "holders",
+MAY_IMPORT = {
+    "child": {"child", "shards", "config"},
+    "zero": {"zero", "child", "shards", "ranks"},
+    "selection": {"selection", "child", "zero", "shards", "ranks", "config", "random_states"},
+    "child_files": {"child_files", "child", "zero", "shards", "ranks", "gathering", "_version"},
+}
+"""What each wing's modules import from the package. `checkpoint/` and the top level join them, and nothing below imports those."""
+
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+    if path != PACKAGE / "__init__.py"
 )
 
 
+def wing(module: str) -> str:
+    """The folder that a module is in, or its own name at the top level."""
+    return module.partition(".")[0]
+
+
 def parsed(module: str) -> ast.Module:
-    return ast.parse((PACKAGE / f"{module}.py").read_text())
+    path = PACKAGE / module.replace(".", "/")
+    return ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
 
 
 def imported_by(tree: ast.AST) -> set[str]:
@@ -439,63 +427,68 @@ def imported_by(tree: ast.AST) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == "ds_childtune":
-            names |= {f"ds_childtune.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name for name in inside if name.removeprefix("ds_childtune.") in MODULES} or {node.module}
     return names
 
 
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
-ZERO = [module for module in MODULES if module.startswith("_zero")]
-"""The modules that read DeepSpeed's attributes."""
+def ours(module: str) -> set[str]:
+    """The package's modules that a module imports."""
+    return {name.removeprefix("ds_childtune.") for name in imported_by(parsed(module))} & set(MODULES)
 
 
-@pytest.mark.parametrize("module", PURE)
-def test_pure_modules_never_import_deepspeed(module: str) -> None:
+def test_the_rules_see_every_wing() -> None:
+    assert {wing(m) for m in MODULES} >= {*MAY_IMPORT, "checkpoint"}, "vacuous: a wing has no modules"
+    assert "zero.engine" in ours("tuner"), "vacuous: no import was found"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if wing(m) in MAY_IMPORT])
+def test_a_wing_imports_what_it_may(module: str) -> None:
+    wrong = {name for name in ours(module) if wing(name) not in MAY_IMPORT[wing(module)]}
+    assert not wrong, f"{module} imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if wing(m) == "child"])
+def test_the_child_never_imports_deepspeed(module: str) -> None:
     assert not [name for name in imported_by(parsed(module)) if name.partition(".")[0] == "deepspeed"]
 
 
-@pytest.mark.parametrize("module", ZERO)
-def test_reading_zero_py_imports_no_deepspeed(module: str) -> None:
-    """Nothing happens at import: `_zero*` import DeepSpeed inside the functions that need it."""
+@pytest.mark.parametrize("module", [m for m in MODULES if wing(m) == "zero"])
+def test_reading_zero_imports_no_deepspeed(module: str) -> None:
+    """Nothing happens at import: `zero/` imports DeepSpeed's runtime inside the functions that need it."""
     body = ast.Module([n for n in parsed(module).body if isinstance(n, (ast.Import, ast.ImportFrom))], [])
-    assert not [name for name in imported_by(body) if name.partition(".")[0] == "deepspeed"]
+    public = ("deepspeed.comm", "deepspeed.accelerator")
+    names = [name for name in imported_by(body) if name.partition(".")[0] == "deepspeed"]
+    assert not [name for name in names if name != "deepspeed" and not name.startswith(public)]
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m not in ZERO])
-def test_only_zero_py_knows_deepspeed_s_runtime(module: str) -> None:
-    """Others use DeepSpeed's public comm, accelerator and logging alone."""
+@pytest.mark.parametrize("module", [m for m in MODULES if wing(m) != "zero"])
+def test_only_zero_knows_deepspeed_s_runtime(module: str) -> None:
+    """Others use only DeepSpeed's public comm, accelerator and logging."""
     runtime = ("deepspeed.runtime", "deepspeed.ops", "deepspeed.checkpoint")
     assert not [name for name in imported_by(parsed(module)) if name.startswith(runtime)]
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m not in ZERO])
-def test_only_zero_py_reads_the_engine_s_insides(module: str) -> None:
-    """No private attribute of an engine, and none of the wrappers' names, outside `_zero.py`."""
+@pytest.mark.parametrize("module", [m for m in MODULES if wing(m) != "zero"])
+def test_only_zero_reads_the_engine_s_insides(module: str) -> None:
+    """No private attribute of an engine, and none of the wrappers' names, outside `zero/`."""
     insides = {name.removesuffix("()") for _, names in WRAPPERS.values() for name in names}
     # Names of torch's, too.
     insides -= {"optimizer", "param_groups", "device", "dtype", "state_dict", "load_state_dict"}
     for node in ast.walk(parsed(module)):
         if isinstance(node, ast.Attribute):
-            assert node.attr not in insides, f"{module}.py line {node.lineno} reads .{node.attr}"
+            assert node.attr not in insides, f"{module} line {node.lineno} reads .{node.attr}"
 
 
-def test_imports_go_one_way() -> None:
-    """No module reaches itself through what it imports, and the pure ones import pure ones alone."""
-    prefix = "ds_childtune."
-    edges = {
-        module: {n.removeprefix(prefix) for n in imported_by(parsed(module)) if n.startswith(prefix)} & set(MODULES)
-        for module in MODULES
-    }
+def test_imports_have_no_circle() -> None:
+    """No module reaches itself through what it imports."""
+    edges = {module: ours(module) for module in MODULES}
 
     def reached(module: str, path: tuple[str, ...] = ()) -> None:
-        assert module not in path, f"a cycle of imports: {' -> '.join([*path, module])}"
+        assert module not in path, f"a circle of imports: {' -> '.join([*path, module])}"
         for other in edges[module]:
             reached(other, (*path, module))
 
     for module in MODULES:
         reached(module)
-    assert edges["tuner"], "vacuous: no import was found"
-    for module in PURE:
-        assert edges[module] <= set(PURE), f"{module}.py imports {sorted(edges[module] - set(PURE))}"

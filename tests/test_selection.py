@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_childtune.scores import Scores
-from ds_childtune.selection import BadScores, find_cut, mark_inside
+from ds_childtune.selection.scores import Scores
+from ds_childtune.selection.top_k import BadScores, find_cut, mark_inside
 
 CPU = torch.device("cpu")
 

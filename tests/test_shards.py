@@ -7,11 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_childtune import masks
-from ds_childtune.child_shards import ChildShard
-from ds_childtune.compact_child import CompactChild
-from ds_childtune.optimizer_trial import behaviour_of
-from ds_childtune.policies import DenseChild
+from ds_childtune.child.child_shard import ChildShard
+from ds_childtune.child.compact import CompactChild
+from ds_childtune.child.dense import DenseChild
+from ds_childtune.child.generator import INDEX_BLOCK, split_blocks
+from ds_childtune.child.mask_kernels import _FEW_LANES, _LANES, _fold
+from ds_childtune.child.optimizer_trial import behaviour_of
 from ds_childtune.shards import FlatShard, Fragment, mark_eligible
 
 
@@ -89,14 +90,14 @@ def test_overlapping_fragments_are_an_error(first: int, second: int, start: int)
         FlatShard(tensor[:-1], (Fragment("a", 0, 0, tensor.numel()),))
 
 
-@given(st.integers(0, 5 * masks.INDEX_BLOCK), st.integers(0, 3 * masks.INDEX_BLOCK))
+@given(st.integers(0, 5 * INDEX_BLOCK), st.integers(0, 3 * INDEX_BLOCK))
 def test_pieces_cover_a_fragment_and_cross_no_block(param_start: int, numel: int) -> None:
-    pieces = masks.split_blocks(Fragment("w", param_start, 17, numel))
+    pieces = split_blocks(Fragment("w", param_start, 17, numel))
     place = param_start
     for piece in pieces:
         assert piece.param_start == place
         assert piece.shard_start - 17 == place - param_start
-        assert piece.param_start // masks.INDEX_BLOCK == (piece.param_start + piece.numel - 1) // masks.INDEX_BLOCK
+        assert piece.param_start // INDEX_BLOCK == (piece.param_start + piece.numel - 1) // INDEX_BLOCK
         place += piece.numel
     assert place == param_start + numel
 
@@ -104,8 +105,8 @@ def test_pieces_cover_a_fragment_and_cross_no_block(param_start: int, numel: int
 @given(st.integers(1, 1 << 31))
 def test_folds_cover_every_element(numel: int) -> None:
     """But for fewer than two rows' at the end; and never in one row, nor in narrow ones."""
-    rows, lanes = masks._fold(numel)
-    assert masks._FEW_LANES <= lanes <= masks._LANES
+    rows, lanes = _fold(numel)
+    assert _FEW_LANES <= lanes <= _LANES
     assert rows != 1
-    assert 0 <= numel - rows * lanes < 2 * masks._LANES
-    assert rows * lanes == numel or numel % masks._FEW_LANES or numel < 2 * masks._FEW_LANES
+    assert 0 <= numel - rows * lanes < 2 * _LANES
+    assert rows * lanes == numel or numel % _FEW_LANES or numel < 2 * _FEW_LANES

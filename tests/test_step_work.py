@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_childtune
-from ds_childtune.masks import base_keys, bernoulli_mask, keep_limit, shard_kernel, split_blocks, step_keys
+from ds_childtune.child.generator import base_keys, bernoulli_mask, keep_limit, split_blocks, step_keys
+from ds_childtune.child.mask_kernels import shard_kernel
 from ds_childtune.shards import Fragment
-from tests import models
-from tests.distributed import RankPool
-from tests.engines import Setup, engine_of, train_step
+from tests.support import models
+from tests.support.engines import Setup, engine_of, train_step
+from tests.support.ranks import RankPool
 
 WAITS = {"_local_scalar_dense", "nonzero", "equal", "_unique2", "unique_dim", "masked_select", "bincount", "is_nonzero"}
 """Operators that copy from the device to the host, where there is a device; `tolist` is no operator."""

@@ -1,4 +1,4 @@
-"""launch/study.py: grids, matching results with jobs, statistics, and jobs that fail or are stopped; the jobs themselves are stubs."""
+"""launch/study: grids, matching results with jobs, statistics, and jobs that fail or are stopped; the jobs themselves are stubs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pytest
 from pydantic import ValidationError
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "launch"))
+sys.path.insert(0, str(ROOT / "launch" / "study"))
 
+import grid as study_grid  # noqa: E402
+import report as study_report  # noqa: E402
 import study  # noqa: E402
-import study_grid  # noqa: E402
-import study_report  # noqa: E402
 
 SENTENCES = {"metric": "accuracy", "text_columns": "a,b", "hub": {"data": "somebody/pairs"}}
 GRID: dict[str, Any] = {
@@ -87,7 +87,7 @@ def test_what_is_misspelt_is_refused(changes: dict[str, Any], says: str) -> None
         grid(**changes)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("study_*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "launch" / "study").glob("*.yaml")), ids=lambda p: p.stem)
 def test_our_grids_are_whole(path: Path) -> None:
     ours = study_grid.read_grid(path)
     for task in ours.tasks:
@@ -103,7 +103,7 @@ def test_the_page_shows_the_committed_results_and_no_others() -> None:
         ("transfer", "transfer"),
         ("ablations", "transfer"),
     ]:
-        ours = study_grid.read_grid(ROOT / "launch" / f"study_{grid_name}.yaml")
+        ours = study_grid.read_grid(ROOT / "launch" / "study" / f"{grid_name}.yaml")
         results = study_grid.read_results(ROOT / "docs" / "evidence" / f"{results_name}.jsonl", ours)
         table = study_report.rows(ours, results)
         assert len(table) >= len(ours.methods)
@@ -249,7 +249,7 @@ def start_study(tmp_path: Path, endless: int = -1) -> subprocess.Popen[str]:
         for name in ("train.jsonl", "validation.jsonl"):
             write(folder / name, [{"a": "k", "b": "y", "label": 0}])
     places = {"data": str(tmp_path), "results": str(tmp_path / "r.jsonl"), "pid": str(tmp_path / "pid")}
-    script = STUDY.format(root=str(ROOT), tests=str(ROOT / "launch"), endless=endless, **places)
+    script = STUDY.format(root=str(ROOT), tests=str(ROOT / "launch" / "study"), endless=endless, **places)
     return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
 
 

@@ -79,7 +79,7 @@ def job(args: argparse.Namespace) -> None:
     from deepspeed.accelerator import get_accelerator
 
     import ds_childtune
-    from ds_childtune import choosing
+    from ds_childtune.selection import selectors as choosing
     from tests.benchmarks import llama, memory
 
     config, block = contender(args.job)

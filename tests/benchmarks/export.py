@@ -28,7 +28,7 @@ from deepspeed.accelerator import get_accelerator
 from steps import batch_of, cpu_name, seconds
 
 import ds_childtune
-from ds_childtune.child_reader import open_child
+from ds_childtune.child_files.reader import open_child
 
 
 def base_model() -> Any:

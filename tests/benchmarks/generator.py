@@ -11,7 +11,7 @@ import time
 import torch
 from torch import Tensor
 
-from ds_childtune.masks import bernoulli_mask
+from ds_childtune.child.generator import bernoulli_mask
 from ds_childtune.shards import Fragment
 
 N = 1 << 24

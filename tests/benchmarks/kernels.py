@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds_childtune.masks import base_keys, keep_limit, mask_kernel, step_keys
-from ds_childtune.scores import Scores
-from ds_childtune.selection import find_cut
+from ds_childtune.child.generator import base_keys, keep_limit, step_keys
+from ds_childtune.child.mask_kernels import mask_kernel
+from ds_childtune.selection.scores import Scores
+from ds_childtune.selection.top_k import find_cut
 from ds_childtune.shards import Fragment
 
 

@@ -31,18 +31,19 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from ds_childtune import child_checkpoint, rank_file
 from ds_childtune._version import __version__
-from ds_childtune.child_checkpoint import check_model, parameter_entries, pieces, read_compact, read_masks
-from ds_childtune.child_format import FileEntry, Manifest, Piece, sealed
-from ds_childtune.child_reader import Child, open_child, read_manifest
-from ds_childtune.child_writer import commit, write_pieces
-from ds_childtune.compact_child import CompactChild
-from ds_childtune.holders import Held, Holders, Run, ranks_with
-from ds_childtune.layout import Layout, SavedShard
+from ds_childtune.checkpoint import child as child_checkpoint
+from ds_childtune.checkpoint import rank_file
+from ds_childtune.checkpoint.child import check_model, parameter_entries, pieces, read_compact, read_masks
+from ds_childtune.checkpoint.run_record import DeepSpeedFile, Progress, RunRecord
+from ds_childtune.child.compact import CompactChild
+from ds_childtune.child_files.format import FileEntry, Manifest, Piece, sealed
+from ds_childtune.child_files.holders import Held, Holders, Run, ranks_with
+from ds_childtune.child_files.reader import Child, open_child, read_manifest
+from ds_childtune.child_files.writer import commit, write_pieces
 from ds_childtune.random_states import read_random_states
-from ds_childtune.run_record import DeepSpeedFile, Progress, RunRecord
 from ds_childtune.shards import FlatShard, Fragment
+from ds_childtune.zero.layout import Layout, SavedShard
 
 SHARE, KEPT = 8, 2
 """Elements of each parameter on each rank that writes, and how many of them are inside the child."""

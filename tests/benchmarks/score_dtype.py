@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import ds_childtune
-from ds_childtune.masks import bernoulli_mask
+from ds_childtune.child.generator import bernoulli_mask
 from ds_childtune.shards import Fragment
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))

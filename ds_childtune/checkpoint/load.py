@@ -1,0 +1,318 @@
+"""`engine.load_checkpoint` of an engine with a child. See [Note: what a checkpoint holds] and [Note: elastic resume]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from deepspeed import comm as dist
+
+from ds_childtune.attachment import Attached
+from ds_childtune.checkpoint import tag_folder
+from ds_childtune.checkpoint.child import (
+    KIND,
+    SavedMasks,
+    check_config,
+    check_model,
+    check_shapes,
+    read_compact,
+    read_masks,
+)
+from ds_childtune.checkpoint.rank_file import read_layout, restore_random_states
+from ds_childtune.checkpoint.run_record import Progress, RunRecord
+from ds_childtune.checkpoint.state import ReadState, Resume, Resumed
+from ds_childtune.child.compact import CompactChild
+from ds_childtune.child_files.format import ChildFileError
+from ds_childtune.child_files.holders import Run, ranks_with
+from ds_childtune.child_files.reader import Child, open_child, read_manifest
+from ds_childtune.ranks import check_same, from_first, raise_together, raising_together, tell, true_on_all
+from ds_childtune.zero.checkpoint_read import ZERO_3, SavedRun
+from ds_childtune.zero.checkpoint_write import (
+    frozen_may_be_missing,
+    keeping_load_errors,
+    kind_of,
+    refuse_universal,
+    saved_shards,
+    without_empty_states,
+)
+from ds_childtune.zero.elastic import check_elsewhere, check_values, load_elsewhere, load_weights, local_part
+from ds_childtune.zero.layout import Layout
+from ds_childtune.zero.lean_start import restore_dense
+
+
+class CheckpointLoader:
+    """`load`, in the engine's place."""
+
+    def __init__(self, attached: Attached, read: ReadState, resume: Resume, load: Callable[..., Any]) -> None:
+        """
+        Args:
+            load: the engine's own `load_checkpoint`.
+        """
+        self._attached = attached
+        self._read = read
+        self._resume = resume
+        self._load = load
+
+    def load(
+        self,
+        load_dir: str,
+        tag: object = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, Any]:
+        """`DeepSpeedEngine.load_checkpoint`, with the child: afterwards `select` is not needed. A collective.
+
+        A checkpoint of another world size or ZeRO stage is loaded too. Random states are restored at the same world size. Where it
+        was saved with `exclude_frozen_parameters`, frozen parameters stay as they are in this model.
+
+        Raises:
+            ChildFileError: on every rank, for a checkpoint that is damaged, or of another model; a ValueError.
+            ValueError: on every rank, when the config asks for another child.
+            NotImplementedError: on every rank, for a universal checkpoint, or where DeepSpeed would load nothing without a word.
+        """
+        with raising_together():
+            refuse_universal(self._attached.engine)
+        folder = Path(load_dir)
+        name, carried = self._tag(folder, tag)
+        weights_alone = load_module_only or not load_optimizer_states
+
+        def load_as_deepspeed_does() -> tuple[str | None, Any]:
+            engine = self._attached.engine
+            with (
+                keeping_load_errors(engine) as errors,
+                without_empty_states(engine),
+                frozen_may_be_missing(engine),
+            ):
+                loaded = self._load(
+                    load_dir,
+                    name,
+                    load_module_strict=load_module_strict,
+                    load_optimizer_states=load_optimizer_states,
+                    load_lr_scheduler_states=load_lr_scheduler_states,
+                    load_module_only=load_module_only,
+                    custom_load_fn=custom_load_fn,
+                )
+            raise_together(errors[0] if errors else None)
+            return loaded  # type: ignore[no-any-return]
+
+        if name is None:
+            tell(f"ds_childtune: {load_dir} names no checkpoint as its latest: nothing is loaded")
+            return None, None
+        if weights_alone or not carried:
+            self._check_no_fixed_child(load_dir, weights_alone)
+            if carried and custom_load_fn is None:
+                loaded = self._load_weights(
+                    folder, name, load_module_strict, load_module_only, load_lr_scheduler_states
+                )
+            else:
+                with raising_together():
+                    self._check_that_deepspeed_loads(folder, name, weights_alone, load_module_only)
+                tell(f"ds_childtune: {load_dir} {name}: loading DeepSpeed's part alone, without a child")
+                if not weights_alone:
+                    # Masters and moments of the checkpoint want shards of their own dtype to lie in, not views of 16-bit weights.
+                    restore_dense(self._attached.engine.optimizer)
+                loaded = load_as_deepspeed_does()
+            self._resume(Resumed(self._read().progress, None))
+            return loaded
+
+        child, record = self._opened(folder, name)
+        with raising_together():
+            check_config(child, self._attached.config)
+            check_model(child, self._attached.parameters.shapes, self._attached.stored_names(chosen=record.chosen))
+            self._check_precision(record, folder / name)
+        mine = saved_shards(self._attached.engine, self._attached.shards, dist.get_rank())
+        here = folder / name
+        same_shape = self._is_same_shape(child, record, mine)
+        masks: SavedMasks | None = None
+        with self._without_child(record):
+            if same_shape:
+                path, client_state = load_as_deepspeed_does()
+            else:
+                path = str(here)
+                client_state = self._load_elsewhere(here, child, record, mine, load_lr_scheduler_states)
+            with raising_together():
+                if record.chosen and self._attached.config.mode == "ChildTuning-D":
+                    masks = read_masks(child, self._attached.shards)
+        policy = self._resume(Resumed(record.progress, masks))
+        with raising_together():
+            if isinstance(policy, CompactChild):
+                read_compact(child, policy)
+            if record.world_size == dist.get_world_size():
+                restore_random_states(child.folder / record.ranks[dist.get_rank()].name)
+        return path, client_state
+
+    @contextmanager
+    def _without_child(self, record: RunRecord) -> Iterator[None]:
+        """The engine has no child for the length of a `with`, so that DeepSpeed finds what it wrote.
+
+        Dense masters and moments are there if the checkpoint has such; for a compact child, whose own it has, nothing becomes dense.
+        """
+        compact = record.chosen and self._attached.config.optimizer_state == "compact"
+        before = self._read().policy
+        with raising_together():  # dense masters may not fit on one rank alone
+            self._resume(Resumed(Progress(), None, another_follows=compact))
+            if not compact:
+                restore_dense(self._attached.engine.optimizer)
+        try:
+            yield
+        except BaseException:
+            if compact and isinstance(before, CompactChild) and before.plumbing is not None:
+                before.plumbing.restore_dense(list(before.shards.values()))
+            raise
+
+    def _tag(self, load_dir: Path, tag: object) -> tuple[str | None, bool]:
+        """The tag to load: `tag`, or the one that `latest` names; None when there is none. And whether it has a child.
+
+        Rank 0 looks: with stale metadata of a network file system, others may not see what it sees.
+        """
+        with raising_together():
+            asked = None if tag is None else tag_folder.checked_tag(tag)
+        check_same(f"{load_dir}/{asked}", "load_checkpoint's load_dir and tag")
+
+        def found() -> tuple[str | None, bool]:
+            name = tag_folder.read_latest(load_dir) if asked is None else asked
+            if name is None:
+                return None, False
+            tag_folder.recover(load_dir, name)
+            if not (load_dir / name).is_dir():
+                raise ChildFileError(
+                    f"load_checkpoint: expected a folder {load_dir / name}, got none. Remedy: pass the tag of a checkpoint"
+                    f" that is there; the last ones are {', '.join(list(tag_folder.tags(load_dir))[:3]) or 'none'}."
+                )
+            return name, (load_dir / name / tag_folder.CHILD).is_dir()
+
+        return from_first(found)
+
+    def _check_no_fixed_child(self, load_dir: str, weights_alone: bool) -> None:
+        with raising_together():
+            if self._attached.config.mode == "ChildTuning-D" and self._read().policy is not None:
+                why = "weights alone are loaded" if weights_alone else "the checkpoint has no child"
+                raise RuntimeError(
+                    f"load_checkpoint: expected a checkpoint with a child, as this engine has one, but {why} from {load_dir}."
+                    " Remedy: load before child.select(); now, call detach() and attach(engine) first."
+                )
+
+    def _opened(self, folder: Path, name: str) -> tuple[Child, RunRecord]:
+        """The child's files and the record, once they are known to be whole and of this run's kind."""
+        here = folder / name
+        try:
+            # One rank's view of the manifest, for all: what it says decides which collectives follow.
+            manifest = from_first(lambda: read_manifest(here / tag_folder.CHILD))
+            with raising_together():
+                child = open_child(here / tag_folder.CHILD, kind=KIND, checksums=False, manifest=manifest)
+                record = RunRecord.of(child)
+                rank, ranks = dist.get_rank(), dist.get_world_size()
+                child.check_contents(rank, ranks)
+                record.check_files(here, rank, ranks)
+        except ValueError as error:
+            others = from_first(lambda: [tag for tag in tag_folder.tags(folder) if tag != name])
+            raise ChildFileError(
+                f"load_checkpoint: {here} is not whole: {error} Other checkpoints here, newest first:"
+                f" {', '.join(others[:3]) or 'none'}; load one with tag=."
+            ) from error
+        return child, record
+
+    def _load_weights(
+        self, folder: Path, name: str, strict: bool, module_only: bool, load_lr_scheduler_states: bool
+    ) -> tuple[str | None, Any]:
+        """Of a checkpoint with a child, the weights alone. See `zero.elastic.load_weights`."""
+        child, record = self._opened(folder, name)
+        with raising_together():
+            check_shapes(child, self._attached.parameters.shapes, strict=strict)
+        tell(f"ds_childtune: {folder} {name}: loading weights alone, without the child")
+        with raising_together():
+            run, layout = self._saved_run(folder / name, child, record)
+        client_state = load_weights(
+            self._attached.engine,
+            run,
+            layout,
+            self._attached.shards,
+            self._attached.parameters,
+            progress=not module_only,
+            load_lr_scheduler_states=load_lr_scheduler_states,
+        )
+        return str(folder / name), client_state
+
+    def _check_that_deepspeed_loads(self, folder: Path, name: str, weights_alone: bool, module_only: bool) -> None:
+        """Raise NotImplementedError where plain DeepSpeed would load nothing, or something else, without a word."""
+        if not weights_alone or kind_of(self._attached.engine) != ZERO_3:
+            return
+        if module_only:
+            raise NotImplementedError(
+                f"load_checkpoint: {folder / name}: expected a checkpoint with a child, got one without: of those, DeepSpeed's"
+                " load_module_only loads nothing at ZeRO-3. Remedy: pass load_optimizer_states=False instead."
+            )
+        latest = tag_folder.read_latest(folder)
+        if latest != name:
+            raise NotImplementedError(
+                f"load_checkpoint: {folder / name}: expected the tag that `latest` names, {latest!r}: without optimizer states"
+                f" DeepSpeed loads that one's weights at ZeRO-3, whatever tag it is asked for. Remedy: write {name} into"
+                f" {folder / tag_folder.LATEST}."
+            )
+
+    def _saved_run(self, here: Path, child: Child, record: RunRecord) -> tuple[SavedRun, Layout]:
+        """DeepSpeed's files, and where in them this rank's elements lie: of the ranks that have some of those."""
+        ranks = self._ranks_with_mine(child, record)
+        layout = Layout(s for rank in ranks for s in read_layout(child.folder / record.ranks[rank].name))
+        run = SavedRun(here, record.optimizer, {(file.what, file.rank): file.name for file in record.deepspeed})
+        check_values(run, layout, self._attached.shards)
+        return run, layout
+
+    def _ranks_with_mine(self, child: Child, record: RunRecord) -> list[int]:
+        holders = child.manifest.holders
+        if holders is None:
+            return list(range(record.world_size))
+        ranks = ranks_with(holders, {p.name: p.numel for p in child.manifest.parameters}, self._mine())
+        if max(ranks, default=0) >= record.world_size:
+            raise ChildFileError(
+                f"{child.folder}: expected holders below rank {record.world_size}, got rank {max(ranks)}."
+                " Remedy: use another checkpoint, or an undamaged copy."
+            )
+        return ranks
+
+    def _mine(self) -> Iterator[Run]:
+        """The elements that this rank will load: those of its flat shards, and of frozen parameters, which may have trained before."""
+        for shard in self._attached.shards:
+            for fragment in shard.fragments:
+                yield Run(fragment.name, fragment.param_start, fragment.param_start + fragment.numel)
+        for name, shape in self._attached.parameters.shapes.items():
+            if name not in self._attached.parameters.by_name:
+                yield Run(name, *local_part(self._attached.engine.module.get_parameter(name), shape.numel()))
+
+    def _check_precision(self, record: RunRecord, here: Path) -> None:
+        precision = self._attached.precision
+        if record.precision != precision:
+            raise ValueError(
+                f"load_checkpoint: {here}: expected a model in {record.precision}, as in the checkpoint, got {precision}."
+                " Remedy: set the same bf16 or fp16 in the DeepSpeed config."
+            )
+
+    def _is_same_shape(self, child: Child, record: RunRecord, mine: Sequence[Any]) -> bool:
+        """Whether every rank finds its own flat shards in the files of its own name. A collective."""
+        rank = dist.get_rank()
+        same = record.world_size == dist.get_world_size()
+        same = same and record.optimizer == kind_of(self._attached.engine)
+        with raising_together():
+            same = same and read_layout(child.folder / record.ranks[rank].name) == tuple(mine)
+        return true_on_all(same)
+
+    def _load_elsewhere(
+        self, here: Path, child: Child, record: RunRecord, mine: Sequence[Any], load_lr_scheduler_states: bool
+    ) -> dict[str, Any]:
+        with raising_together():
+            run, layout = self._saved_run(here, child, record)
+            check_elsewhere(self._attached.engine, run, layout, self._attached.shards)
+        return load_elsewhere(
+            self._attached.engine,
+            run,
+            layout,
+            self._attached.shards,
+            mine,
+            self._attached.parameters,
+            load_lr_scheduler_states=load_lr_scheduler_states,
+        )

@@ -1,0 +1,51 @@
+"""ChildTuning-F: a fresh random mask on the gradients of every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_childtune.child.generator import base_keys, bernoulli_mask, keep_limit, split_blocks, step_keys
+from ds_childtune.child.mask_kernels import ShardKernel, shard_kernel
+from ds_childtune.shards import FlatShard, Fragment
+
+Group = dict[str, Any]
+
+
+class TaskFreeChild:
+    """ChildTuning-F: g <- g * M / p, with a fresh Bernoulli(p) mask M at every applied step."""
+
+    def __init__(self, shards: Sequence[FlatShard], *, seed: int, reserve_p: float) -> None:
+        self._seed = seed
+        self._reserve_p = reserve_p
+        self._limit = keep_limit(reserve_p)
+        self._pieces = {s.tensor: [piece for f in s.eligible for piece in split_blocks(f)] for s in shards}
+        self._kernels: dict[tuple[Tensor, torch.device, torch.dtype], tuple[ShardKernel, Tensor]] = {}
+        """With the base keys of the shard's pieces."""
+
+    def before_step(
+        self, optimizer: torch.optim.Optimizer, group: Group, shards: Sequence[FlatShard], step: int
+    ) -> None:
+        for shard in shards:
+            grad = shard.flat_grad()
+            if grad is not None and self._pieces[shard.tensor]:
+                kernel, base = self._kernel(shard.tensor, grad)
+                kernel(grad, step_keys(base, step), self._limit, 1.0 / self._reserve_p)
+
+    def after_step(self) -> None:
+        pass
+
+    def mask(self, fragment: Fragment, device: torch.device, step: int) -> Tensor:
+        """bool [fragment.numel]: what the `step`-th applied step uses for an eligible fragment."""
+        return bernoulli_mask(fragment, self._seed, step, self._reserve_p, device=device)
+
+    def _kernel(self, tensor: Tensor, grad: Tensor) -> tuple[ShardKernel, Tensor]:
+        at = (tensor, grad.device, grad.dtype)
+        if at not in self._kernels:
+            pieces = self._pieces[tensor]
+            base = base_keys(pieces, self._seed, device=grad.device)
+            self._kernels[at] = shard_kernel(pieces, grad.device, grad.dtype), base
+        return self._kernels[at]

@@ -1,0 +1,198 @@
+"""Backward passes whose gradients stay whole and on their ranks.
+
+[Note: before DeepSpeed reduces]
+A calibration pass goes through `engine.backward`, as ZeRO-3 gathers parameters in it, but nothing of DeepSpeed's takes gradients: the
+methods that would are replaced on the instance, by the class of `engine.optimizer`:
+
+    DeepSpeedZeroOptimizer_Stage3    reduce_ready_partitions_and_remove_grads     hands each gradient on as soon as it is whole
+    DeepSpeedZeroOptimizer           process_gradients                            likewise at ZeRO-2, which keeps no whole gradients
+    BF16_Optimizer                   accumulate_hp_grads_and_remove_lp            nothing
+    all but the first                backward_epilogue                            nothing
+    every ZeROOptimizer              scale_if_loss                                nothing; the pass has a loss scale of its own
+    the engine                       inside_no_sync_ctxt                          True, as in its `no_sync`
+
+So buckets, masters, gradient buffers, the loss scaler and the base optimizer are not touched, and nothing of them has to be put back.
+At ZeRO 0 and 1, which keep whole gradients in training too, they stay on the parameters until the backward pass has returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ds_childtune.ranks import Unanswered
+from ds_childtune.zero.reduction import Piece
+
+Engine = Any
+
+Backward = Callable[[Tensor], None]
+"""`backward(loss)`: one backward pass; gradients are handed on, or stay on the parameters."""
+
+Ready = Callable[[Any], None]
+"""`ready(parameter)`: its `.grad` is whole, and is the callee's."""
+
+_BUCKET = 1 << 25
+"""Elements of the pass's bucket, at most: 128 MiB in fp32."""
+
+
+def hands_on(engine: Engine) -> bool:
+    """Whether gradients are handed on during the backward pass. See [Note: before DeepSpeed reduces]."""
+    return splits_parameters(engine) or bool(getattr(engine.optimizer, "partition_gradients", False))
+
+
+def splits_parameters(engine: Engine) -> bool:
+    """Whether every parameter is split over all ranks, which gather them in forward and backward: ZeRO-3."""
+    return hasattr(engine.optimizer, "fp32_partitioned_groups_flat")
+
+
+def mixes_gradients(engine: Engine) -> bool:
+    """Whether ranks whose micro-batches reach different parameters train something else than their mean: ZeRO 1 to 3."""
+    return int(engine.zero_optimization_stage()) > 0
+
+
+def pieces(engine: Engine, parameters: Mapping[str, nn.Parameter]) -> dict[str, Piece]:
+    """How each parameter is split over the ranks."""
+    if not splits_parameters(engine):
+        return {name: Piece(p.numel(), p.numel()) for name, p in parameters.items()}
+    named: Mapping[str, Any] = parameters
+    return {name: Piece(p.ds_numel, p.partition_numel()) for name, p in named.items()}
+
+
+def bucket_numel(engine: Engine) -> int:
+    """Elements of the pass's bucket: as many as training's, up to a limit."""
+    return min(int(engine._config.zero_config.reduce_bucket_size), _BUCKET)
+
+
+def loss_scale(engine: Engine) -> float:
+    """What training multiplies an fp16 loss by at the moment."""
+    optimizer = engine.optimizer
+    scaler: Any = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+    return float(scaler.cur_scale)
+
+
+@contextmanager
+def calibration(engine: Engine, ready: Ready) -> Iterator[Backward]:
+    """Run backward passes without a reduction; afterwards the engine is as before, also after an exception.
+
+    Args:
+        ready: called where `hands_on(engine)`.
+
+    Yields:
+        `backward(loss)`. The loss is not scaled; no weight moves.
+    """
+    optimizer: Any = engine.optimizer
+    before = _values(engine)
+    depth = len(_modules_in_forward(engine))
+    engine.zero_grad()
+    with ExitStack() as overrides:
+        for name, method in _replacements(engine, ready).items():
+            overrides.enter_context(_replaced(optimizer, name, method))
+        engine.inside_no_sync_ctxt = True
+        try:
+            yield lambda loss: _backward(engine, loss)
+        except Exception as error:
+            if not isinstance(error, Unanswered):  # what the ranks do together would never end
+                del _modules_in_forward(engine)[depth:]
+                _end_pass(engine)
+            raise
+        finally:
+            for owner, name, value in before:
+                setattr(owner, name, value)
+            engine.zero_grad()
+
+
+def _values(engine: Engine) -> list[tuple[Any, str, Any]]:
+    """What a pass touches, as it is: owner, name, value."""
+    optimizer = engine.optimizer
+    kept = [(engine, name) for name in ("inside_no_sync_ctxt", "_unmanaged_backward_count")]
+    kept += [(optimizer, name) for name in ("_is_gradient_accumulation_boundary", "micro_step_id")]
+    return [(owner, name, getattr(owner, name)) for owner, name in kept if hasattr(owner, name)]
+
+
+def _replacements(engine: Engine, ready: Ready) -> dict[str, Callable[..., Any]]:
+    """See [Note: before DeepSpeed reduces]."""
+
+    def nothing(*_: object, **__: object) -> None:
+        pass
+
+    def hand_on(param: Any, *_: object) -> None:
+        # Not yet where a loop over one computation makes a gradient in parts, which autograd adds up.
+        if getattr(param, "ds_grad_is_ready", True):
+            ready(param)
+
+    optimizer = engine.optimizer
+    replaced: dict[str, Callable[..., Any]] = {}
+    if splits_parameters(engine):
+        replaced["reduce_ready_partitions_and_remove_grads"] = hand_on
+    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+        replaced["process_gradients"] = hand_on if hands_on(engine) else nothing
+        replaced["backward_epilogue"] = nothing
+    elif hasattr(optimizer, "fp32_groups_flat_partition"):
+        replaced["accumulate_hp_grads_and_remove_lp"] = nothing
+        replaced["backward_prologue"] = replaced["backward_epilogue"] = nothing
+    if hasattr(optimizer, "scale_if_loss"):
+        replaced["scale_if_loss"] = lambda loss: loss
+    return replaced
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """`method` in place of the instance's for the length of a `with`; what the instance had of its own comes back."""
+    before = vars(owner).get(name)
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+def _backward(engine: Engine, loss: Tensor) -> None:
+    # A tensor of our own: DeepSpeed divides by the accumulation steps in a hook on the output, unless a hook on the loss that it
+    # is given has fired before; at stage 0 both would be the same tensor, and its own would come second.
+    engine.backward(loss * 1.0, scale_wrt_gas=False)
+    if splits_parameters(engine):
+        _partition_parameters(engine.optimizer)
+
+
+def _partition_parameters(optimizer: Any) -> None:
+    """As ZeRO-3's step does: the next forward pass may read small parameters, which are to be whole between steps, by themselves."""
+    optimizer._partition_all_parameters()
+    persistent = optimizer.persistent_parameters
+    if persistent:
+        persistent[0].all_gather(persistent)
+
+
+def _modules_in_forward(engine: Engine) -> list[Any]:
+    """The modules that ZeRO-3 believes to be in their forward, for all engines of the process."""
+    if not splits_parameters(engine):
+        return []
+    from deepspeed.runtime.zero import parameter_offload
+
+    stack: list[Any] = parameter_offload.FWD_MODULE_STACK
+    return stack
+
+
+def _end_pass(engine: Engine) -> None:
+    """End a forward or backward pass that an exception has interrupted. A collective."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "exit_backward"):
+        while optimizer._backward_active_depth:
+            optimizer.exit_backward()
+        optimizer.clear_backward_seen_flag()
+    if not splits_parameters(engine):
+        return
+    for module in engine.module.modules():
+        if hasattr(module._parameters, "_in_forward"):
+            module._parameters._in_forward = False
+    coordinator = optimizer.parameter_offload.get_param_coordinator()
+    # Half of a trace would be taken for a whole one.
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+    coordinator.release_backward_leftovers()
+    _partition_parameters(optimizer)

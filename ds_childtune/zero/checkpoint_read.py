@@ -1,0 +1,146 @@
+"""Where things lie in DeepSpeed's files of a checkpoint. Reads DeepSpeed's state dicts; pinned by the tests of elastic resume.
+
+By the class of `engine.optimizer`:
+
+    DeepSpeedZeroOptimizer, BF16_Optimizer     *_optim_states.pt of each rank
+    DeepSpeedZeroOptimizer_Stage3              *_optim_states.pt of each rank
+    FP16_Optimizer, FP16_UnfusedOptimizer      *_model_states.pt
+    the base optimizer itself                  *_model_states.pt, the weights among the module's
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ds_childtune.zero.layout import SavedShard
+
+What = Literal["model", "optim"]
+"""*_model_states.pt or *_optim_states.pt."""
+
+ZERO_3 = "DeepSpeedZeroOptimizer_Stage3"
+
+PLAIN = "plain"
+"""The kind of an engine whose optimizer is the base optimizer itself: ZeRO 0 in fp32."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Keys that lead to the flat shards and to the base optimizer's state dict, in DeepSpeed's file and in its own state dict."""
+
+    file: What
+    above: tuple[str, ...]
+    """From the file's top to the dict that `engine.optimizer.state_dict()` made."""
+    weights: str
+    base: str
+
+
+_ZERO = Places("optim", ("optimizer_state_dict",), "single_partition_of_fp32_groups", "base_optimizer_state")
+PLACES = {
+    "DeepSpeedZeroOptimizer": _ZERO,
+    "BF16_Optimizer": _ZERO,
+    ZERO_3: Places("optim", ("optimizer_state_dict",), "fp32_flat_groups", "optimizer_state_dict"),
+    "FP16_Optimizer": Places("model", ("optimizer",), "fp32_groups_flat", "optimizer_state_dict"),
+    "FP16_UnfusedOptimizer": Places("model", ("optimizer",), "fp32_groups", "optimizer_state_dict"),
+}
+"""All kinds but `PLAIN`."""
+
+
+@dataclass
+class SavedRun:
+    """DeepSpeed's files of one checkpoint, opened when they are asked for, and mapped rather than read."""
+
+    folder: Path
+    kind: str
+    files: Mapping[tuple[What, int], str]
+    """Names, by ("model" or "optim", rank)."""
+    _open: dict[str, Any] = field(default_factory=dict)
+
+    def model_states(self, rank: int = 0) -> dict[str, Any]:
+        """*_model_states.pt: the module, counters, and what the client saved."""
+        return self._file("model", rank)
+
+    def optimizer_states(self, rank: int) -> dict[str, Any]:
+        """What `engine.optimizer.state_dict()` gave on `rank`."""
+        if self.kind == PLAIN:
+            return self._file("model", 0)["optimizer"]  # type: ignore[no-any-return]
+        places = PLACES[self.kind]
+        # Without ZeRO every rank has the same, and the first has written it.
+        found = self._file(places.file, rank if places.file == "optim" else 0)
+        for key in places.above:
+            found = found[key]
+        return found
+
+    def base_state(self, rank: int) -> dict[str, Any]:
+        """The base optimizer's state dict: `state` by position, and `param_groups`."""
+        states = self.optimizer_states(rank)
+        return states if self.kind == PLAIN else states[PLACES[self.kind].base]
+
+    def weights(self, shard: SavedShard) -> Tensor:
+        """1-D: a flat shard's weights; padding at its end may be missing."""
+        if self.kind == PLAIN:
+            weights = self._file("model", 0)["module"][shard.fragments[0].name]
+        else:
+            groups = self.optimizer_states(shard.rank)[PLACES[self.kind].weights]
+            weights = _flattened(groups)[shard.index]
+        return weights.view(-1)  # type: ignore[no-any-return]
+
+    def state(self, shard: SavedShard) -> dict[str, Any]:
+        """The base optimizer's state of a flat shard; empty when it was never stepped."""
+        return self.base_state(shard.rank)["state"].get(shard.state_index, {})  # type: ignore[no-any-return]
+
+    def frozen(self, name: str, shape: torch.Size, start: int, numel: int) -> Tensor | None:
+        """1-D: the elements [start, start + numel) of a frozen parameter; None when the checkpoint was saved without."""
+        first = self.model_states()
+        if self.kind != ZERO_3:
+            whole = first["module"].get(name)
+            return None if whole is None else whole.view(-1)[start : start + numel]
+        fragments = first["frozen_param_fragments"]
+        if fragments is None or name not in fragments:
+            return None
+        # ZeRO-3 pads the last partition, not the others.
+        share = fragments[name].numel()
+        ranks = range(start // share, -(-(start + numel) // share)) if share and numel else range(0)
+        parts = [self.model_states(rank)["frozen_param_fragments"][name].view(-1) for rank in ranks]
+        first_element = ranks.start * share
+        return torch.cat(parts)[start - first_element : start - first_element + numel] if parts else torch.empty(0)
+
+    def _file(self, what: What, rank: int) -> dict[str, Any]:
+        name = self.files[what, rank]
+        if name not in self._open:
+            self._open[name] = _read(self.folder / name, trusted=what == "model")
+        return self._open[name]  # type: ignore[no-any-return]
+
+
+def _flattened(groups: Sequence[Any]) -> list[Tensor]:
+    """FP16_UnfusedOptimizer has a list of tensors for each group, the others one tensor."""
+    return [t for group in groups for t in (group if isinstance(group, (list, tuple)) else [group])]
+
+
+def _read(path: Path, *, trusted: bool) -> dict[str, Any]:
+    """One of DeepSpeed's files. `trusted`: it may hold objects of the user's, as in a client state; DeepSpeed loads all of them so."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    stages: dict[str, ZeroStageEnum] = dict(ZeroStageEnum.__members__)
+
+    def member(of: type, name: str) -> ZeroStageEnum:
+        """What Python 3.11.0 to 3.11.3 pickles an enum's member with is `getattr`; this one knows a single enum."""
+        if of is not ZeroStageEnum or name not in stages:
+            raise pickle.UnpicklingError(f"expected a member of ZeroStageEnum, got {name!r} of {of}")
+        return stages[name]
+
+    classes: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    classes += [(member, "builtins.getattr"), (member, "__builtin__.getattr")]
+    with torch.serialization.safe_globals(classes):
+        return torch.load(  # type: ignore[no-any-return]
+            path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=not trusted
+        )

@@ -1,0 +1,120 @@
+"""`clip: "child"`: gradients are masked before DeepSpeed takes their norm.
+
+DeepSpeed takes the norm before it hands gradients to the base optimizer, so a step hook comes too late. Where it does, by ZeRO stage:
+
+    0, fp32     engine.clip_fp32_gradients          over the parameters' gradients
+    0, 16-bit   optimizer.step                      likewise, as its first act
+    1, 2        optimizer.scaled_global_norm        over averaged_gradients; with offload, over norms taken in the backward pass
+    3           optimizer._get_norm_groups          likewise
+
+Each is overridden on its instance by one that masks first. At ZeRO-3 deep nothing is
+needed: no gradient but the child's is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ds_childtune.child.tiles import tile_of
+from ds_childtune.shards import FlatShard
+
+
+class Child(Protocol):
+    def mask_gradient_(self, shard: FlatShard, gradient: Tensor, start: int) -> None:
+        """Zero in place what is outside the child; `gradient` is 1-D and lies at `start` of the flat shard."""
+
+
+def refuse_unsupported_clip(engine: Any) -> None:
+    """Raise NotImplementedError, with a remedy, where the child's norm has no seam."""
+    if hasattr(engine.optimizer, "fp32_groups_flat_partition"):
+        raise NotImplementedError(
+            'ds_childtune does not support child_tuning.clip "child" with BF16_Optimizer, which takes the norm of whole'
+            " gradients on every rank, where a rank knows its own shard's mask. Remedy: use ZeRO stage 2 or 3, or remove"
+            " data_types.grad_accum_dtype or child_tuning.clip."
+        )
+
+
+class NormOfChild:
+    """The override of one engine, for one child."""
+
+    def __init__(
+        self, engine: Any, shards: Sequence[FlatShard], parameters: Mapping[str, nn.Parameter], child: Child
+    ) -> None:
+        self._optimizer = optimizer = engine.optimizer
+        self._shards = shards
+        self._parameters = parameters
+        self._child = child
+        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+            self._where, self._name, mask = optimizer, "_get_norm_groups", self._mask_partitions
+        elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+            self._where, self._name, mask = optimizer, "scaled_global_norm", self._mask_partitions
+        elif hasattr(optimizer, "fp16_groups"):
+            self._where, self._name, mask = optimizer, "step", self._mask_parameters
+        else:
+            self._where, self._name, mask = engine, "clip_fp32_gradients", self._mask_parameters
+        self._mask = mask
+        self.install()
+
+    def install(self) -> None:
+        original = getattr(type(self._where), self._name)
+
+        def masking(*args: Any, **kwargs: Any) -> Any:
+            self._mask()
+            return original(self._where, *args, **kwargs)
+
+        setattr(self._where, self._name, masking)
+
+    def remove(self) -> None:
+        delattr(self._where, self._name)
+
+    def _mask_partitions(self) -> None:
+        optimizer = self._optimizer
+        if getattr(optimizer, "offload_optimizer", False) or getattr(optimizer, "cpu_offload", False):
+            self._mask_offloaded()
+            return
+        for i, shard in enumerate(self._shards):
+            for start, gradients in _batches(optimizer.averaged_gradients[i], tile_of(shard.tensor.device)):
+                if len(gradients) == 1:
+                    self._child.mask_gradient_(shard, gradients[0], start)
+                    continue
+                together = torch.cat(gradients)
+                self._child.mask_gradient_(shard, together, start)
+                torch._foreach_copy_(gradients, together.split([g.numel() for g in gradients]))
+
+    def _mask_offloaded(self) -> None:
+        optimizer = self._optimizer
+        for shard in self._shards:
+            gradient = shard.flat_grad()
+            if gradient is not None:
+                self._child.mask_gradient_(shard, gradient, 0)
+        for param in self._parameters.values():
+            number = optimizer.get_param_id(param)
+            if number in optimizer.norm_for_param_grads:
+                group, *_, start, numel = optimizer.grad_position[number]
+                gradient = self._shards[group].flat_grad()
+                optimizer.norm_for_param_grads[number] = gradient.narrow(0, start, numel).float().norm(2)
+
+    def _mask_parameters(self) -> None:
+        for shard in self._shards:
+            for fragment in shard.fragments:
+                gradient = self._parameters[fragment.name].grad
+                if gradient is not None:
+                    self._child.mask_gradient_(shard, gradient.view(-1), fragment.shard_start)
+
+
+def _batches(gradients: Iterable[Tensor], size: int) -> Iterator[tuple[int, list[Tensor]]]:
+    """Where each begins in the flat shard, and neighbours of `size` elements at most: a few kernels for thousands of parameters."""
+    start = end = 0
+    batch: list[Tensor] = []
+    for gradient in gradients:
+        if batch and end - start + gradient.numel() > size:
+            yield start, batch
+            start, batch = end, []
+        batch.append(gradient if gradient.dim() == 1 else gradient.view(-1))
+        end += gradient.numel()
+    if batch:
+        yield start, batch

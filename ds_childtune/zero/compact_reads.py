@@ -1,0 +1,234 @@
+"""What others read from DeepSpeed - `safe_get_*`, `refresh_fp32_params`, `offload_states` - while a child is compact.
+
+DeepSpeed answers from dense flat shards and dense optimizer state. With a compact child the state is the child's, zero elsewhere,
+and at depth deep there is no dense flat shard. So what is read is put together from child shards here, and what writes is
+refused by name where it would be lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor
+
+from ds_childtune.child.base_optimizer import per_element
+from ds_childtune.child.child_shard import ChildShard, put_
+from ds_childtune.child.compact import CompactChild
+from ds_childtune.zero.compact_stage12 import mapped_to
+
+_SETS = "safe_set_full_fp32_param and safe_set_full_optimizer_state"
+
+
+class Reads(Protocol):
+    def remove(self) -> None:
+        """DeepSpeed answers by itself again. Call it once the child is released."""
+
+
+def redirect(engine: Any, child: CompactChild) -> Reads | None:
+    """Answer from `child` from here on; None where nobody reads (ZeRO 0)."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return _ZeroThree(optimizer, child)
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return _Mapped(optimizer, child, optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups)
+    if hasattr(optimizer, "fp32_groups_flat_partition"):
+        return _Mapped(optimizer, child, optimizer.fp32_groups_flat_partition, optimizer.bf16_groups)
+    return None
+
+
+class _Mapped:
+    """What the parameters of ZeRO 1 and 2 know about their fragment of the optimizer's state."""
+
+    def __init__(self, optimizer: Any, child: CompactChild, flats: Any, groups: Any) -> None:
+        self._optimizer = optimizer
+        self._child = child
+        pairs = [(flat, param) for flat, group in zip(flats, groups, strict=True) for param in group]
+        self._linked = _link_in_order(optimizer)
+        self._mapped = [(flat, param._hp_mapping) for flat, param in pairs if param._hp_mapping is not None]
+        for flat, mapping in self._mapped:
+            mapping.optim_fragment = {}  # what is there are views of dense moments, which would keep them alive
+            mapping.get_hp_fragment = self._reader(child.shards[flat], mapping)
+        self._setters = [(param, param.set_full_hp_param) for _, param in pairs]
+        for param, method in self._setters:
+            param.set_full_hp_param = _setting_weights_alone(method) if child.depth == "wrap" else _refusing(_SETS)
+        # It drops every `_hp_mapping` and makes new ones from dense state.
+        optimizer.offload_states = _refusing("offload_states")
+        if child.depth == "deep":
+            optimizer._restore_from_bit16_weights = self._restore_from_bit16_weights
+
+    def remove(self) -> None:
+        del self._optimizer.offload_states
+        if self._child.depth == "deep":
+            del self._optimizer._restore_from_bit16_weights
+        for param, method in self._setters:
+            param.set_full_hp_param = method
+        for flat, mapping in self._mapped:
+            del mapping.get_hp_fragment
+            mapping.set_optim_state_fragment(flat, self._child.optimizer.state.get(flat, {}))
+        for link in self._linked:
+            link.put_back(self._child.optimizer.state)
+
+    def _reader(self, shard: ChildShard, mapping: Any) -> Callable[..., Tensor]:
+        start, numel = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+
+        def get_hp_fragment(optim_state_key: str | None = None) -> Tensor:
+            if optim_state_key is not None:
+                return _state(self._child, shard, optim_state_key, start, numel)
+            # At depth wrap `safe_set_full_fp32_param` writes into what is returned here.
+            return mapping.hp_fragment if self._child.depth == "wrap" else _weights(shard, start, numel)
+
+        return get_hp_fragment
+
+    def _restore_from_bit16_weights(self) -> None:
+        for shard in self._child.shards.values():
+            shard.tensor.copy_(shard.flat.flat().index_select(0, shard.index))
+
+
+@dataclass(frozen=True)
+class _Link:
+    """What DeepSpeed had written on a parameter of ZeRO 1 or 2 about its fragment."""
+
+    param: Any
+    flat: Tensor
+    mapping: Any
+    index: int | None
+
+    def put_back(self, state: Any) -> None:
+        self.param._hp_mapping, self.param._index_in_param_group = self.mapping, self.index
+        if self.mapping is not None:
+            mapped_to(self.flat, [self.mapping])
+            self.mapping.set_optim_state_fragment(self.flat, state.get(self.flat, {}))
+
+
+def _link_in_order(optimizer: Any) -> list[_Link]:
+    """Map parameters to where they lie; what DeepSpeed had written before. Nothing to do where that is right.
+
+    With `round_robin_gradients` DeepSpeed links parameters in the order of `bit16_groups`, which is not that of the flat buffer.
+    """
+    if not getattr(optimizer, "round_robin_gradients", False):
+        return []
+    from deepspeed import comm as dist
+    from deepspeed.utils.mixed_precision_linkage import link_hp_params
+
+    before = []
+    for i, (flat, group) in enumerate(
+        zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True)
+    ):
+        before += [_Link(p, flat, p._hp_mapping, getattr(p, "_index_in_param_group", None)) for p in group]
+        ordered = zip(optimizer.round_robin_bit16_groups[i], optimizer.round_robin_bit16_offsets[i], strict=True)
+        offsets = {id(param): offset for param, offset in ordered}
+        link_hp_params(
+            lp_param_list=group,
+            flat_hp_partition=flat,
+            gradient_dict=optimizer.averaged_gradients,
+            offload_gradient_dict=optimizer.offload_gradient_dict,
+            use_offload=optimizer.cpu_offload,
+            param_group_index=i,
+            partition_start=flat.numel() * dist.get_rank(group=optimizer.real_dp_process_group[i]),
+            partition_size=flat.numel(),
+            dp_group=optimizer.real_dp_process_group[i],
+            param_offsets=[offsets[id(param)] for param in group],
+        )
+    return before
+
+
+def _setting_weights_alone(method: Callable[..., None]) -> Callable[..., None]:
+    def set_full_hp_param(value: Tensor, optim_state_key: str | None = None) -> None:
+        if optim_state_key is not None:
+            _refusing("safe_set_full_optimizer_state")()
+        method(value)
+
+    return set_full_hp_param
+
+
+class _ZeroThree:
+    """The methods that ZeRO-3's part of `safe_get_*` and `safe_set_*` ends in, on one optimizer."""
+
+    def __init__(self, optimizer: Any, child: CompactChild) -> None:
+        self._optimizer = optimizer
+        self._child = child
+        self._shards = list(child.shards.values())
+        """By sub-group."""
+        methods: dict[str, Callable[..., Any]] = {
+            "_get_fp32_opt_state_partition": self._state_partition,
+            "set_full_hp_param": _refusing(_SETS),
+            "set_local_hp_param": _refusing("safe_set_local_fp32_param and safe_set_local_optimizer_state"),
+        }
+        if child.depth == "deep":
+            methods |= {
+                "_restore_from_bit16_weights": self._restore_from_bit16_weights,
+                "_get_fp32_grad_state_partition": self._grad_partition,
+                "set_fp32_grad_for_param": _refusing("safe_set_full_grad"),
+                "set_local_grad_for_param": _refusing("safe_set_local_grad"),
+                "update_fp32_grad_for_param_vectorized": _refusing("safe_update_full_grad_vectorized"),
+                "offload_states": _refusing("offload_states"),
+            }
+        for name, method in methods.items():
+            setattr(optimizer, name, method)
+        self._names = tuple(methods)
+
+    def remove(self) -> None:
+        for name in self._names:
+            delattr(self._optimizer, name)
+
+    def _state_partition(
+        self, param: Any, release_swap_buffers: bool, optim_state_key: str | None = None
+    ) -> tuple[Tensor, int]:
+        sub_group, start, numel = self._optimizer.grad_position[self._optimizer.get_param_id(param)]
+        shard = self._shards[sub_group]
+        if optim_state_key is not None:
+            return _state(self._child, shard, optim_state_key, start, numel), sub_group
+        return _weights(shard, start, numel), sub_group
+
+    def _grad_partition(self, param: Any, release_swap_buffers: bool) -> tuple[Tensor, int]:
+        optimizer = self._optimizer
+        sub_group, start, numel = optimizer.grad_position[optimizer.get_param_id(param)]
+        values, _ = type(optimizer)._get_fp32_grad_state_partition(optimizer, param, release_swap_buffers)
+        shard = self._shards[sub_group]
+        first, last = shard.span(start, numel)
+        dense = torch.zeros(numel, dtype=values.dtype, device=values.device)
+        put_(dense, shard.index[first:last] - start, values)
+        return dense, sub_group
+
+    def _restore_from_bit16_weights(self) -> None:
+        """Masters from the weights that the forward pass uses."""
+        for shard in self._shards:
+            shard.tensor.copy_(shard.flat.flat().index_select(0, shard.index))
+
+
+def _state(child: CompactChild, shard: ChildShard, key: str, start: int, numel: int) -> Tensor:
+    """One entry of the optimizer's state in [start, start + numel) of a flat shard, zero outside the child."""
+    state = child.optimizer.state.get(shard.tensor, {})
+    if not per_element(state.get(key), shard.tensor):
+        known = [k for k, v in state.items() if per_element(v, shard.tensor)]
+        raise ValueError(
+            f"optimizer state {key!r}: expected one of {known}. Remedy: ask for one of them, after the first step."
+        )
+    dense = torch.zeros(numel, dtype=state[key].dtype, device=state[key].device)
+    return _put_together(shard, state[key], dense, start)
+
+
+def _weights(shard: ChildShard, start: int, numel: int) -> Tensor:
+    """fp32: the weights in [start, start + numel) of a flat shard, inside the child its masters."""
+    weights = shard.flat.flat().narrow(0, start, numel).to(shard.tensor.dtype, copy=True)
+    return _put_together(shard, shard.tensor, weights, start)
+
+
+def _put_together(shard: ChildShard, values: Tensor, dense: Tensor, start: int) -> Tensor:
+    """`values`, one for each element of the child shard, put into `dense`, which lies at `start` of the flat shard."""
+    first, last = shard.span(start, dense.numel())
+    put_(dense, (shard.index[first:last] - start).to(dense.device), values[first:last])
+    return dense
+
+
+def _refusing(what: str) -> Callable[..., NoReturn]:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise NotImplementedError(
+            f'ds_childtune does not support {what} while a child of optimizer_state "compact" trains.'
+            ' Remedy: call child.detach() first, or use optimizer_state "dense".'
+        )
+
+    return refuse

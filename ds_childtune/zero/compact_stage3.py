@@ -1,0 +1,147 @@
+"""Depth deep at ZeRO-3: DeepSpeed's optimizer steps child shards by itself.
+
+[Note: ZeRO-3 on child shards]
+Between backward and step, ZeRO-3 keeps for every parameter a partition of its averaged gradient, and for every sub-group a flat
+shard of fp32 masters. Both are only ever used as tensors of one size per sub-group, so they may have the child's size:
+
+    grad_partitions_flat_buffer, and its views by parameter     of the child's size
+    fp32_partitioned_groups_flat[i]                             the child shard
+    partition_grads                                             takes the child's elements of each reduced partition first
+    _prepare_fp32_grad_for_sub_group                            zeros of the child's size for what was frozen after the start
+    _reassign_or_swap_out_partitioned_parameters                no copy of a dense master; the step hook has scattered the child
+
+Accumulation, overflow check, norm, unscaling, clipping and the step are DeepSpeed's own code. The gradient norm is the child's,
+since nothing else of the gradient is kept. A flat shard's `.data` is the 16-bit (or fp32) parameter shard meanwhile, so that
+what reads flat shards reads what the forward pass uses.
+
+What this loses: an fp32 master outside the child, where earlier steps have left in it what its 16-bit weight does not hold. The weight
+itself is as it was; when the dense shards come back, its master is the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ds_childtune.child.child_shard import ChildShard, put_
+from ds_childtune.zero.lean_start import make_gradient_buffer, parameters, restore_gradients
+
+_FEW = 1 << 16
+"""Elements of a child in a partition whose places there are kept."""
+
+
+@dataclass(frozen=True)
+class _Partition:
+    """Where this rank's partition of a parameter lies, in elements."""
+
+    shard: ChildShard
+    start: int
+    """In the flat shard."""
+    numel: int
+    """With padding."""
+    first: int
+    """In the child shard."""
+    last: int
+    whole: bool
+    """Every element is in the child, but for padding at the end."""
+    places: Tensor | None
+    """The child's elements in the partition, where those are few, so that many small parameters cost the host little."""
+
+    @classmethod
+    def of(cls, shard: ChildShard, start: int, numel: int, real: int) -> _Partition:
+        """`real`: elements that are no padding, which comes last."""
+        first, last = shard.span(start, numel)
+        whole = last - first == real
+        few = not whole and last - first <= _FEW
+        return cls(shard, start, numel, first, last, whole, shard.index[first:last] - start if few else None)
+
+    def inside(self, partition: Tensor) -> Tensor:
+        """The child's elements of a tensor laid out like the partition."""
+        flat = partition.view(-1)
+        if self.whole:
+            return flat.narrow(0, 0, self.last - self.first)
+        return flat.index_select(0, self._index())
+
+    def dense(self, values: Tensor, out: Tensor) -> Tensor:
+        """Put `values`, one for each element of the child shard, into `out`, which is laid out like the partition."""
+        put_(out, self._index().to(out.device), values[self.first : self.last])
+        return out
+
+    def _index(self) -> Tensor:
+        return self.shard.index[self.first : self.last] - self.start if self.places is None else self.places
+
+
+class ZeroThreePlumbing:
+    """See [Note: ZeRO-3 on child shards]. The order of shards is that of `read_flat_shards`."""
+
+    norm_is_child = True
+
+    def __init__(self, engine: Any) -> None:
+        self._optimizer = engine.optimizer
+        self._partitions: dict[int, _Partition] = {}
+        """By `ds_id` of the parameter."""
+        self._flats: list[Tensor] = []
+        """Flat shards, while child shards stand in DeepSpeed's list."""
+        self._overridden: dict[str, Any] = {}
+        """What the instance had of its own before, by name."""
+
+    def install(self, shards: Sequence[ChildShard]) -> None:
+        optimizer = self._optimizer
+        self._flats = [shard.flat.tensor for shard in shards]
+        for i, shard in enumerate(shards):
+            flat = shard.flat.tensor
+            shard.tensor.ds_id = flat.ds_id  # type: ignore[attr-defined]
+            flat.data = optimizer.fp16_partitioned_groups_flat[i].data
+            optimizer.fp32_partitioned_groups_flat[i] = shard.tensor
+        at = {p.ds_id: optimizer.grad_position[optimizer.get_param_id(p)] for p in parameters(optimizer)}
+        for i, shard in enumerate(shards):
+            shard.find_spans([(start, numel) for number, start, numel in at.values() if number == i])
+        real = {(i, f.shard_start): f.numel for i, shard in enumerate(shards) for f in shard.flat.fragments}
+        self._partitions = {
+            key: _Partition.of(shards[i], start, numel, real.get((i, start), 0))
+            for key, (i, start, numel) in at.items()
+        }
+        make_gradient_buffer(optimizer, {i: p.last - p.first for i, p in self._partitions.items()})
+        self._override("partition_grads", self._partition_grads)
+        self._override("_prepare_fp32_grad_for_sub_group", self._prepare_fp32_grad_for_sub_group)
+        self._override("_reassign_or_swap_out_partitioned_parameters", optimizer._unflatten_partitioned_parameters)
+
+    def remove(self) -> None:
+        optimizer = self._optimizer
+        for name, before in self._overridden.items():
+            delattr(optimizer, name) if before is None else setattr(optimizer, name, before)
+        self._overridden.clear()
+        self._partitions = {}
+        optimizer.fp32_partitioned_groups_flat[:] = self._flats
+        self._flats = []
+
+    def restore_dense(self, shards: Sequence[ChildShard]) -> None:
+        optimizer = self._optimizer
+        for i, shard in enumerate(shards):
+            lp = optimizer.fp16_partitioned_groups_flat[i]
+            shard.flat.tensor.data = lp.data.to(optimizer.master_weights_and_grads_dtype)
+            shard.scatter()
+        restore_gradients(optimizer)
+
+    def _override(self, name: str, method: Callable[..., Any]) -> None:
+        """On the instance; deleting it brings the class's back."""
+        self._overridden[name] = vars(self._optimizer).get(name)
+        setattr(self._optimizer, name, method)
+
+    def _partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> Any:
+        inside = [self._partitions[p.ds_id].inside(g) for p, g in zip(params_to_release, grad_partitions, strict=True)]
+        return type(self._optimizer).partition_grads(self._optimizer, params_to_release, inside)
+
+    def _prepare_fp32_grad_for_sub_group(self, sub_group_id: int) -> None:
+        optimizer = self._optimizer
+        of = zip(optimizer.fp16_groups[sub_group_id], optimizer.averaged_gradients[sub_group_id], strict=True)
+        # DeepSpeed gives a parameter that does not require grad any more a dense partition of zeros.
+        optimizer.averaged_gradients[sub_group_id] = [
+            grad if param.requires_grad else grad.new_zeros(part.last - part.first)
+            for param, grad in of
+            for part in [self._partitions[param.ds_id]]
+        ]
+        type(optimizer)._prepare_fp32_grad_for_sub_group(optimizer, sub_group_id)

@@ -1,0 +1,321 @@
+"""Load DeepSpeed's files of one layout into an engine of another.
+
+The old run's elements are written over this run's, piece by piece, from files that are mapped, not read: see [Note: elastic resume].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_childtune.ranks import raise_together
+from ds_childtune.shards import FlatShard, Fragment
+from ds_childtune.zero.checkpoint_read import PLACES, PLAIN, SavedRun
+from ds_childtune.zero.checkpoint_write import kind_of
+from ds_childtune.zero.engine import base_optimizer
+from ds_childtune.zero.flat_shards import Parameters
+from ds_childtune.zero.layout import Layout, SavedShard
+from ds_childtune.zero.layout_check import different
+
+Engine = Any
+
+_SCALER = ("loss_scaler", "dynamic_loss_scale", "overflow")
+"""Entries of a ZeRO optimizer's state dict that say how losses are scaled."""
+
+_LOOK = 1024
+"""Elements."""
+
+_NOT_THE_CLIENT_S = frozenset(
+    [
+        *("module", "optimizer", "lr_scheduler", "global_steps", "skipped_steps"),
+        *("dp_world_size", "mp_world_size", "data_sampler", "random_ltd"),
+    ]
+)
+"""Keys of *_model_states.pt that `load_checkpoint` keeps out of the client state that it returns."""
+
+
+def check_elsewhere(engine: Engine, run: SavedRun, layout: Layout, shards: Sequence[FlatShard]) -> None:
+    """Raise ValueError when a checkpoint lacks what `load_elsewhere` will look for. Changes nothing, and has no collectives."""
+    for shard in shards:
+        for fragment in shard.fragments:
+            for piece in layout.find(fragment):
+                run.weights(piece.source)
+    run.model_states()
+    saved, here = len(run.base_state(0)["param_groups"]), len(base_optimizer(engine).param_groups)
+    if saved != here:
+        raise ValueError(
+            f"load_checkpoint: expected {saved} param groups, as in the checkpoint {run.folder}, got {here}."
+            " Remedy: give the optimizer the same groups."
+        )
+
+
+def check_values(run: SavedRun, layout: Layout, shards: Sequence[FlatShard]) -> None:
+    """Raise ValueError where a checkpoint's layout is not that of its values, by a look at both ends of each piece.
+
+    At ZeRO 1 and 2 the weights of the forward pass lie beside their masters. See [Note: a layout is believed once its values have been
+    seen]; before that was so, layouts with `round_robin_gradients` were wrong.
+    """
+    if run.kind not in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
+        return
+    module, wrong = run.model_states()["module"], set()
+    for shard in shards:
+        for fragment in shard.fragments:
+            if fragment.name in module and fragment.name in layout:
+                weights = module[fragment.name].view(-1)[fragment.param_start :]
+                for piece in layout.find(replace(fragment, shard_start=0)):
+                    masters = run.weights(piece.source)[piece.source_start : piece.source_start + piece.numel]
+                    beside = weights[piece.target_start : piece.target_start + piece.numel]
+                    ends = (slice(_LOOK), slice(max(0, piece.numel - _LOOK), piece.numel))
+                    if masters.numel() != beside.numel() or any(
+                        bool(different(masters[end], beside[end], exact=True).any()) for end in ends
+                    ):
+                        wrong.add(fragment.name)
+    if wrong:
+        raise ValueError(
+            f"load_checkpoint: {run.folder}: expected masters that round to the weights beside them, got others in {len(wrong)}"
+            f" parameters ({', '.join(sorted(wrong)[:3])}): with zero_optimization.round_robin_gradients, earlier versions of"
+            " ds_childtune took flat shards for another order, and trained other elements than the child's. Remedy: call"
+            " engine.load_checkpoint before attach, at the stage, world size and round_robin_gradients that it was written with."
+        )
+
+
+def load_elsewhere(
+    engine: Engine,
+    run: SavedRun,
+    layout: Layout,
+    shards: Sequence[FlatShard],
+    mine: Sequence[SavedShard],
+    parameters: Parameters,
+    *,
+    load_lr_scheduler_states: bool,
+) -> dict[str, Any]:
+    """What `load_checkpoint` does, for a checkpoint of another world size or ZeRO stage. See [Note: elastic resume].
+
+    Args:
+        layout: of the run that wrote the checkpoint.
+        mine: this rank's flat shards, as `saved_shards` gives them.
+
+    Returns:
+        the client state.
+    """
+    with _partitioned(engine.optimizer):
+        with _halfway(run):
+            _load_buffers_and_frozen(engine, run, layout, parameters)
+            _load_optimizer(engine, run, layout, shards, mine)
+            _load_progress(engine, run, load_lr_scheduler_states)
+        _update_forward_weights(engine.optimizer)
+    return _client_state(run)
+
+
+def load_weights(
+    engine: Engine,
+    run: SavedRun,
+    layout: Layout,
+    shards: Sequence[FlatShard],
+    parameters: Parameters,
+    *,
+    progress: bool,
+    load_lr_scheduler_states: bool,
+) -> dict[str, Any]:
+    """The weights of a checkpoint, of any world size and ZeRO stage, and nothing of its optimizer's state.
+
+    DeepSpeed's own `load_module_only` does nothing at ZeRO-3, and fails where a frozen parameter has trained before. Here what was
+    frozen may train now, and the other way round. What the checkpoint lacks stays as it is.
+
+    Args:
+        progress: load DeepSpeed's counters of steps, too, and with `load_lr_scheduler_states` the schedule.
+
+    Returns:
+        the client state.
+    """
+    with _partitioned(engine.optimizer):
+        with _halfway(run):
+            _load_buffers_and_frozen(engine, run, layout, parameters)
+            for shard in shards:
+                for fragment in shard.fragments:
+                    values = _weights_of(run, layout, fragment, parameters.shapes[fragment.name])
+                    if values is not None:
+                        fragment.of(shard.flat()).copy_(values)
+            if progress:
+                _load_progress(engine, run, load_lr_scheduler_states)
+        _update_forward_weights(engine.optimizer)
+    return _client_state(run)
+
+
+@contextmanager
+def _partitioned(optimizer: Any) -> Iterator[None]:
+    """ZeRO-3 keeps whole copies of small parameters; for the length of a `with` it has none. Collectives."""
+    if hasattr(optimizer, "checkpoint_event_prologue"):
+        optimizer.checkpoint_event_prologue()
+    yield
+    if hasattr(optimizer, "checkpoint_event_epilogue"):
+        optimizer.checkpoint_event_epilogue()
+
+
+@contextmanager
+def _halfway(run: SavedRun) -> Iterator[None]:
+    """One rank's disk or memory may fail, and no other's: an error on every rank, which says that what was loaded is not whole."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = RuntimeError(
+            f"load_checkpoint: {run.folder}: expected to read all of it, got {type(caught).__name__}: {str(caught)[:300]}"
+            " Weights and optimizer are half loaded now. Remedy: load this or another checkpoint before training goes on."
+        )
+        error.__cause__ = caught
+    raise_together(error)
+
+
+def _weights_of(run: SavedRun, layout: Layout, fragment: Fragment, shape: torch.Size) -> Tensor | None:
+    """1-D on the CPU: a fragment's weights, whether they were trained or frozen; None where the checkpoint has none."""
+    if fragment.name not in layout:
+        return run.frozen(fragment.name, shape, fragment.param_start, fragment.numel)
+    values = torch.empty(fragment.numel, dtype=torch.float32)
+    for piece in layout.find(replace(fragment, shard_start=0)):
+        old = run.weights(piece.source)[piece.source_start : piece.source_start + piece.numel]
+        values[piece.target_start : piece.target_start + piece.numel].copy_(old)
+    return values
+
+
+def _load_buffers_and_frozen(engine: Engine, run: SavedRun, layout: Layout, parameters: Parameters) -> None:
+    model = run.model_states()
+    buffers = dict(engine.module.named_buffers())
+    for name in model["buffer_names"]:
+        if name in buffers:
+            buffers[name].copy_(model["module"][name])
+    named = dict(engine.module.named_parameters())
+    for name in parameters.shapes.keys() - parameters.by_name.keys():
+        param, shape = named[name], parameters.shapes[name]
+        mine = local_part(param, shape.numel())
+        start, end = mine
+        values = _weights_of(run, layout, Fragment(name, start, 0, end - start), shape)
+        if values is None:
+            continue
+        target = param.ds_tensor if hasattr(param, "ds_tensor") else param
+        target.data.view(-1)[: end - start].copy_(values)
+
+
+def local_part(param: Any, numel: int) -> tuple[int, int]:
+    """First element and last + 1 of a parameter that this rank has: its partition, or all."""
+    if not hasattr(param, "ds_tensor"):
+        return 0, numel
+    share = param.ds_tensor.numel()
+    start = min(share * torch.distributed.get_rank(param.ds_process_group), numel)
+    return start, min(start + share, numel)
+
+
+def _load_optimizer(
+    engine: Engine, run: SavedRun, layout: Layout, shards: Sequence[FlatShard], mine: Sequence[SavedShard]
+) -> None:
+    """Masters and moments, in place; then DeepSpeed loads what lies there already, for all that it does besides.
+
+    See [Note: elastic resume]: what the device holds does not grow, unless there were no moments yet.
+    """
+    optimizer = engine.optimizer
+    kind = kind_of(engine)
+    base = base_optimizer(engine)
+    for shard in shards:
+        _fill(shard.flat(), shard, layout, run.weights)
+    states = {
+        place.state_index: _state(shard, layout, run, base.state.pop(shard.tensor, {}))
+        for shard, place in zip(shards, mine, strict=True)
+    }
+    template = optimizer.state_dict()
+    new = template if kind == PLAIN else template[PLACES[kind].base]
+    groups = run.base_state(0)["param_groups"]
+    loaded = {
+        "state": {i: state for i, state in sorted(states.items()) if state},
+        "param_groups": [
+            {**old, "params": new["params"]} for old, new in zip(groups, new["param_groups"], strict=True)
+        ],
+    }
+    if kind == PLAIN:
+        optimizer.load_state_dict(loaded)
+        return
+    template[PLACES[kind].base] = loaded
+    old = run.optimizer_states(0)
+    template |= {key: old[key] for key in _SCALER if key in old and key in template}
+    if kind.startswith("FP16"):
+        template[PLACES[kind].weights] = getattr(optimizer, PLACES[kind].weights)
+        optimizer.load_state_dict(template)
+    else:
+        template[PLACES[kind].weights] = [shard.flat() for shard in shards]
+        ranks = torch.distributed.get_world_size(optimizer.dp_process_group)
+        optimizer.load_state_dict([template] * ranks, load_optimizer_states=True, load_from_fp32_weights=True)
+
+
+def _load_progress(engine: Engine, run: SavedRun, load_lr_scheduler_states: bool) -> None:
+    model = run.model_states()
+    if load_lr_scheduler_states and engine.lr_scheduler is not None:
+        engine.lr_scheduler.load_state_dict(model["lr_scheduler"])
+    for counter in ("global_steps", "global_samples", "skipped_steps"):
+        setattr(engine, counter, model[counter])
+
+
+def _client_state(run: SavedRun) -> dict[str, Any]:
+    return {key: value for key, value in run.model_states().items() if key not in _NOT_THE_CLIENT_S}
+
+
+def _update_forward_weights(optimizer: Any) -> None:
+    """16-bit weights from their masters; an optimizer in fp32 has no others. A collective."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        for sub_group, lp in enumerate(optimizer.fp16_partitioned_groups_flat):
+            if lp is None or lp.data_ptr() != optimizer.fp32_partitioned_groups_flat[sub_group].data_ptr():
+                optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+    elif hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+    elif hasattr(optimizer, "fp16_groups_flat"):
+        for lp, hp in zip(optimizer.fp16_groups_flat, optimizer.fp32_groups_flat, strict=True):
+            lp.data.copy_(hp)
+    elif hasattr(optimizer, "fp32_groups"):
+        for lps, hps in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for lp, hp in zip(lps, hps, strict=True):
+                lp.data.copy_(hp)
+
+
+def _fill(flat: Tensor, shard: FlatShard, layout: Layout, values_of: Callable[[SavedShard], Tensor | None]) -> None:
+    """Put old values where they belong, zero into padding and where there was none; `flat` is laid out like the shard."""
+    flat.zero_()
+    for fragment in shard.fragments:
+        for piece in layout.find(fragment):
+            values = values_of(piece.source)
+            if values is not None:
+                part = values[piece.source_start : piece.source_start + piece.numel]
+                flat[piece.target_start : piece.target_start + piece.numel].copy_(part)
+
+
+def _state(shard: FlatShard, layout: Layout, run: SavedRun, present: dict[str, Any]) -> dict[str, Any]:
+    """The base optimizer's state of one new flat shard: moments put together, counters as in the first old shard that has any.
+
+    Args:
+        present: its state so far, whose moments are written over.
+    """
+    sources = {piece.source.key: piece.source for f in shard.fragments for piece in layout.find(f)}
+    known = [(source, run.state(source)) for source in sources.values()]
+    source, first = next(((s, state) for s, state in known if state), (None, {}))
+    if source is None:
+        # A shard of padding alone is stepped like its neighbours.
+        return {}
+
+    state: dict[str, Any] = {}
+    for key, value in first.items():
+        if isinstance(value, Tensor) and value.dim() and value.numel() == source.numel:
+
+            def moments(old: SavedShard, key: str = key) -> Tensor | None:
+                found = run.state(old).get(key)
+                return None if found is None else found.view(-1)
+
+            place = present.pop(key, None)
+            if not (isinstance(place, Tensor) and place.shape == shard.tensor.shape and place.dtype == value.dtype):
+                place = torch.empty(shard.tensor.shape, dtype=value.dtype, device=shard.tensor.device)
+            state[key] = place
+            _fill(place.view(-1), shard, layout, moments)
+        else:
+            state[key] = value.clone() if isinstance(value, Tensor) else value
+    return state

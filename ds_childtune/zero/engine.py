@@ -1,0 +1,82 @@
+"""What an engine is, and what it is at: its optimizers, dtypes and counters.
+
+The files of this folder are the only ones that read DeepSpeed's attributes. `tests/test_seams.py` pins each attribute, so that an
+upgrade of DeepSpeed fails there first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ds_childtune.shards import FlatShard
+
+Engine = Any
+"""A `deepspeed.DeepSpeedEngine`; DeepSpeed ships no types."""
+
+
+def child_tuning_block(engine: Engine) -> object:
+    """What the DeepSpeed config, which may have been a path, has under "child_tuning", or None."""
+    return engine._config._param_dict.get("child_tuning")
+
+
+def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
+    """The optimizer that steps flat shards.
+
+    Not always `engine.basic_optimizer`: ZeRO builds a second Adagrad, whose state exists from its construction on. Nor what that one
+    may wrap: only DeepSpeed's own wrapper is looked into.
+    """
+    base: torch.optim.Optimizer = engine.basic_optimizer
+    if engine.optimizer is not base:
+        base = getattr(engine.optimizer, "optimizer", base)
+    return base
+
+
+def empty_param_groups(engine: Engine) -> None:
+    """Leave the base optimizer's param groups as ZeRO-3 leaves them after each step: empty.
+
+    Those of the Adagrad that it builds are full before the first one. A state dict would then have every flat shard twice, and
+    none that is loaded would fit.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        optimizer._clear_fp32_optimizer_param_groups()
+
+
+_GROUPS = ("bit16_groups", "bf16_groups", "fp16_groups")
+"""Lists of parameters by group, of DeepSpeed's optimizers."""
+
+
+def data_parallel_rank(engine: Engine) -> int:
+    """This rank inside the group over which gradients are averaged."""
+    from deepspeed import comm as dist
+
+    return int(dist.get_rank(group=engine.seq_data_parallel_group))
+
+
+def model_dtype(engine: Engine) -> torch.dtype:
+    """dtype of the forward pass and of local gradients."""
+    return engine.get_data_types()[0]  # type: ignore[no-any-return]
+
+
+def gradient_dtype(engine: Engine, shards: tuple[FlatShard, ...]) -> torch.dtype:
+    """dtype of the flat shards' gradients."""
+    return shards[0].tensor.dtype if shards else model_dtype(engine)
+
+
+def inside_accumulation(engine: Engine) -> bool:
+    """True between the first micro-batch of an accumulation and its step."""
+    if not engine.managed_gradient_accumulation():
+        return bool(engine._unmanaged_backward_count)
+    # accelerate and Trainer set the boundary of every micro-batch themselves and call `step` at the last one alone, so that
+    # `micro_steps` counts something else.
+    boundary = engine._is_gradient_accumulation_boundary
+    if boundary is not None:
+        return not boundary
+    return bool(engine.micro_steps % engine.gradient_accumulation_steps())
+
+
+def applied_steps(engine: Engine) -> int:
+    """Optimizer steps that DeepSpeed has taken and not skipped."""
+    return int(engine.global_steps - engine.skipped_steps)

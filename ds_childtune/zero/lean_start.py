@@ -1,0 +1,140 @@
+"""`lean_start`: an engine that holds no masters and no gradient buffer before a child is chosen.
+
+[Note: lean start]
+What `deepspeed.initialize` allocates at ZeRO-3 for every element - an fp32 master, which is a copy of the parameter as long as nothing
+has been trained, and a gradient - a deep child lets go of again, and a calibration pass does without (see [Note: before DeepSpeed
+reduces]). So until then the flat shards are views of the parameter shards, and the gradient buffer is empty. `select` makes
+both, of the child's size; `detach` makes them as DeepSpeed would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+
+_VIEWS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+_MARK = "ds_childtune_lean"
+
+Optimizer = Any
+"""A `DeepSpeedZeroOptimizer_Stage3`."""
+
+
+@contextmanager
+def lean_start() -> Iterator[None]:
+    """ZeRO-3 engines that `deepspeed.initialize` makes inside this `with` begin without masters and gradient buffers.
+
+        with ds_childtune.lean_start():
+            engine, *_ = deepspeed.initialize(model=model, config=config)
+        child = ds_childtune.attach(engine)
+        child.select(calibration_batches)
+
+    For `"optimizer_state": "compact"` at depth deep. With a model built under `deepspeed.zero.Init` and scores in two bytes
+    (`"fisher": {"score_dtype": "e8m8"}`) no phase then needs more than a few bytes for each parameter of a shard. Training is the
+    same, bit for bit. Until `select`, the engine evaluates but does not train. A checkpoint of plain DeepSpeed whose optimizer states
+    are loaded before `select` brings dense masters, moments and gradient buffers, as it has them.
+
+    Raises:
+        NotImplementedError: inside `deepspeed.initialize`, with offload, or in fp16.
+        RuntimeError: at the end of the `with`, when no ZeRO-3 engine was made in it.
+    """
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+
+    create, setup = Stage3._create_fp32_partitions, Stage3._setup_for_real_optimizer
+    made = []
+
+    def lean_create(optimizer: Optimizer) -> None:
+        _refuse_unsupported(optimizer)
+        _create_views(optimizer, create)
+
+    def lean_setup(optimizer: Optimizer) -> None:
+        setup(optimizer)
+        make_gradient_buffer(optimizer, {p.ds_id: 0 for p in parameters(optimizer)})
+        optimizer.partition_grads = _no_gradients
+        setattr(optimizer, _MARK, True)
+        made.append(True)
+
+    Stage3._create_fp32_partitions, Stage3._setup_for_real_optimizer = lean_create, lean_setup
+    try:
+        yield
+    finally:
+        Stage3._create_fp32_partitions, Stage3._setup_for_real_optimizer = create, setup
+    if not made:
+        raise RuntimeError(
+            "lean_start: expected deepspeed.initialize to make a ZeRO-3 engine inside the `with`, got none."
+            " Remedy: set zero_optimization.stage to 3, or leave lean_start out."
+        )
+
+
+def is_lean(engine: Any) -> bool:
+    return bool(getattr(engine.optimizer, _MARK, False))
+
+
+def restore_dense(optimizer: Optimizer) -> None:
+    """Give a lean optimizer everything that DeepSpeed would have given it. Nothing to do for another one."""
+    if not getattr(optimizer, _MARK, False):
+        return
+    pairs = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True)
+    for flat, lp in pairs:
+        if flat.data_ptr() == lp.data_ptr():
+            flat.data = lp.data.to(optimizer.master_weights_and_grads_dtype, copy=True)
+    restore_gradients(optimizer)
+
+
+def restore_gradients(optimizer: Optimizer) -> None:
+    """A dense gradient buffer."""
+    make_gradient_buffer(optimizer, {p.ds_id: p.partition_numel() for p in parameters(optimizer)})
+    if getattr(optimizer, _MARK, False):
+        del optimizer.partition_grads
+        delattr(optimizer, _MARK)
+
+
+def parameters(optimizer: Optimizer) -> list[Any]:
+    return [param for group in optimizer.fp16_groups for param in group]
+
+
+def make_gradient_buffer(optimizer: Optimizer, numels: dict[int, int]) -> None:
+    """As DeepSpeed's `_setup_for_real_optimizer` does; `numels` by `ds_id`, in the order of its parameters."""
+    optimizer.averaged_gradients = {}  # views of the buffer that goes
+    optimizer.grad_partitions_flat_buffer = None
+    setattr(optimizer, _VIEWS, {})
+    buffer = torch.zeros(sum(numels.values()), dtype=optimizer.gradient_accumulation_dtype, device=optimizer.device)
+    optimizer.grad_partitions_flat_buffer = buffer
+    setattr(optimizer, _VIEWS, dict(zip(numels, buffer.split(list(numels.values())), strict=True)))
+
+
+def _refuse_unsupported(optimizer: Optimizer) -> None:
+    refusals = {
+        "offload": (optimizer.offload_optimizer or optimizer.offload_param, "whose masters are not on the device"),
+        "fp16": (optimizer.dtype == torch.float16, "whose calibration pass needs gradient buffers; use bf16"),
+    }
+    for what, (refused, why) in refusals.items():
+        if refused:
+            raise NotImplementedError(
+                f"ds_childtune does not support lean_start with {what}, {why}. Remedy: leave lean_start out."
+            )
+
+
+def _create_views(optimizer: Optimizer, create: Callable[[Optimizer], None]) -> None:
+    """`_create_fp32_partitions` takes the parameter shards themselves where dtype and device are those of masters."""
+    dtype, where = optimizer.master_weights_and_grads_dtype, optimizer.device
+    optimizer.master_weights_and_grads_dtype, optimizer.device = optimizer.dtype, torch.device(where)
+    try:
+        create(optimizer)
+    finally:
+        optimizer.master_weights_and_grads_dtype, optimizer.device = dtype, where
+    # Tensors of their own, as each of the two may be pointed somewhere else.
+    flats = optimizer.fp32_partitioned_groups_flat
+    for i, lp in enumerate(optimizer.fp16_partitioned_groups_flat):
+        view: Any = lp.detach()
+        view.ds_id, lp.requires_grad = flats[i].ds_id, False
+        flats[i] = view.requires_grad_()
+
+
+def _no_gradients(*_: object) -> NoReturn:
+    raise RuntimeError(
+        "lean_start: this engine has no gradient buffer before a child is chosen, so it cannot train yet."
+        " Remedy: child = ds_childtune.attach(engine), then child.select(calibration_batches), then train."
+    )

@@ -1,0 +1,43 @@
+"""Masters that are views of the parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ds_childtune.zero.compact_depth import _is_offloaded, _is_zero_three, _is_zero_two
+from ds_childtune.zero.compact_stage12 import mapped_to, parameter_partitions
+from ds_childtune.zero.lean_start import restore_dense
+
+
+def share_masters(engine: Any) -> None:
+    """Point each flat shard at the parameter shard that it is a copy of, where both have one dtype and one device.
+
+    At ZeRO-3 DeepSpeed means to (`_create_fp32_partitions`), but compares a `torch.device` with a string. Training is unchanged:
+    the copy back after a step is one onto itself.
+    """
+    for flat, lp, mappings in _copies(engine):
+        if flat.dtype == lp.dtype and flat.device == lp.device:
+            flat.data = lp.data
+            mapped_to(flat, mappings)
+
+
+def separate_masters(engine: Any) -> None:
+    """Give every flat shard a copy of its own again, and an engine of `lean_start` what it has left out."""
+    restore_dense(engine.optimizer)
+    for flat, lp, mappings in _copies(engine):
+        if flat.data_ptr() == lp.data_ptr():
+            flat.data = lp.data.clone()
+            mapped_to(flat, mappings)
+
+
+def _copies(engine: Any) -> list[tuple[Tensor, Tensor, list[Any]]]:
+    """Flat shard, parameter shard, and the `_hp_mapping`s of the former, which ZeRO-3 has not."""
+    optimizer = engine.optimizer
+    if _is_zero_three(optimizer) and not _is_offloaded(optimizer):
+        flats, lps = optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat
+        return [(flat, lp, []) for flat, lp in zip(flats, lps, strict=True)]
+    if _is_zero_two(optimizer) and not _is_offloaded(optimizer):
+        return parameter_partitions(optimizer)
+    return []

@@ -1,0 +1,323 @@
+"""Does the child generalise better? Tasks x methods x seeds, each a `deepspeed` job of launch/finetune.py, then a table.
+
+    python launch/study/study.py run launch/study/glue.yaml --data GLUE_FOLDER --results docs/evidence/glue.jsonl --jobs 2
+    python launch/study/study.py report launch/study/glue.yaml docs/evidence/glue.jsonl --plot docs/evidence/glue.png
+
+Likewise low_resource.yaml and transfer.yaml, each into a file of its own; ablations.yaml into that of
+transfer.yaml, whose runs it shares; bert_large.yaml is the paper's own table, for those who have GPUs.
+
+`run` may be stopped at any time and started again: every finished job is one JSON line in the results file, and jobs
+that have a line are skipped, or refused where they were run with other settings. For every task and method it first tunes
+the learning rate on the tuning seed; the seeds that are reported never see that choice being made (the development set does).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Annotated, Any
+
+import typer
+from grid import (
+    ROOT,
+    Binarise,
+    Grid,
+    Job,
+    Options,
+    data_of,
+    job_of,
+    line_of,
+    method_options,
+    read_grid,
+    read_results,
+    reported_jobs,
+    settings_of,
+    tuning_jobs,
+)
+from report import HEADER, draw, rows
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+MAX_FAILURES = 3
+"""Failed jobs until no further one is started: the next are likely to fail, too."""
+
+# ---------------------------------------------------------------- one job
+
+
+def file_of(file: Path, binarise: Binarise | None, scratch: Path, *, without: frozenset[str] = frozenset()) -> Path:
+    """`file`, or a copy of it in `scratch` whose label is a class, less the rows that hold one of the texts `without`."""
+    if binarise is None and not without:
+        return file
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [row for row in rows if without.isdisjoint(v for v in row.values() if isinstance(v, str))]
+    if binarise is not None:
+        sure = [row for row in rows if not binarise.below < row["label"] < binarise.above]
+        rows = [row | {"label": int(row["label"] >= binarise.above)} for row in sure]
+    copy = scratch / f"{file.parent.name}-{file.name}"
+    copy.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return copy
+
+
+def texts_of(file: Path, columns: str) -> frozenset[str]:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return frozenset(row[column] for row in rows for column in columns.split(","))
+
+
+def options_of(grid: Grid, job: Job, data: str, scratch: Path) -> Options:
+    """launch/finetune.py's options for a job."""
+    task = grid.tasks[job.task]
+    also: list[str] = []
+    if data == "hub":
+        where: Options = task.hub
+    else:
+        folder = Path(data) / (task.folder or job.task)
+        names = {"train_file": "train.jsonl", "eval_file": "validation.jsonl"}
+        where = {key: file_of(folder / name, task.binarise, scratch) for key, name in names.items()}
+        # What was trained on is no test of another domain, wherever it is found again.
+        seen = texts_of(folder / "train.jsonl", task.text_columns) if task.also_eval else frozenset()
+        others = task.also_eval.items()
+        also = [f"{name}={file_of(Path(data) / d.file, d.binarise, scratch, without=seen)}" for name, d in others]
+    own = {"seed": job.seed, "lr": job.lr, "train_limit": job.train_limit, "text_columns": task.text_columns}
+    merged = grid.finetune | task.finetune | where | method_options(grid, job) | own | {"also_eval": also}
+    return {k: v for k, v in merged.items() if v is not None}
+
+
+def check_data(grid: Grid, data: str) -> str:
+    """`data` as jobs, which run in another folder, can use it."""
+    if data != "hub":
+        return str(Path(data).resolve())
+    for name, task in grid.tasks.items():
+        if "data" not in task.hub:
+            raise ValueError(
+                f"--data hub: expected `hub: {{data: ...}}` for task {name!r}, got {task.hub}. Remedy: add it."
+            )
+        if task.binarise or task.also_eval:
+            raise ValueError(
+                f"--data hub: expected a task without binarise and also_eval, got {name!r}, which has them."
+                " Remedy: save the splits as FOLDER/<task>/train.jsonl and validation.jsonl, and pass --data FOLDER."
+            )
+    return data
+
+
+# Below the range from which a system gives ports to connections: one of those might take a port before the job listens on it.
+PORTS = itertools.cycle(random.sample(range(15_000, 30_000), 15_000))
+
+
+def free_port() -> int:
+    """A port that nobody listens on, and that no other job of this study is given soon."""
+    for port in PORTS:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    raise AssertionError("PORTS never ends")
+
+
+def command_of(grid: Grid, options: Options, results: Path, gpu: int | None = None) -> list[str]:
+    launcher = {k: v for k, v in grid.launcher.items() if not k.isupper()}
+    if gpu is not None:
+        launcher = {k: v for k, v in launcher.items() if k != "num_gpus"} | {"include": f"localhost:{gpu}"}
+    # By this interpreter, so that the study's own environment is the jobs' one.
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
+    command += [f"--{k}={v}" for k, v in launcher.items()]
+    command += [str(ROOT / "launch" / "finetune.py"), "--results", str(results)]
+    for key, value in options.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            for one in value if isinstance(value, list) else [value]:
+                command += [f"--{flag}", str(one)]
+    return command
+
+
+# ---------------------------------------------------------------- all jobs
+
+
+@dataclass
+class Runner:
+    """Runs jobs side by side and adds their lines to the results file."""
+
+    grid: Grid
+    data: str
+    results: Path
+    jobs: int
+    gpus: int = 0
+    """GPUs that jobs take turns on; 0: every job's launcher finds its own device."""
+    failures: list[str] = field(default_factory=list)
+    _lock: Any = field(default_factory=threading.Lock)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _groups: set[int] = field(default_factory=set)
+    """Process groups of jobs that are running."""
+    _free: SimpleQueue[int | None] = field(default_factory=SimpleQueue)
+
+    def __post_init__(self) -> None:
+        for i in range(self.jobs):
+            self._free.put(i % self.gpus if self.gpus else None)
+
+    def run(self, jobs: Sequence[Job], bar: Any) -> None:
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                list(pool.map(lambda job: self._one(job, bar), jobs))
+            except BaseException:
+                # Whatever ends the study ends its jobs: one that went on would be run again beside itself.
+                self._stop.set()
+                self._kill()
+                raise
+
+    def _kill(self) -> None:
+        with self._lock:
+            for group in self._groups:
+                with suppress(ProcessLookupError):
+                    os.killpg(group, signal.SIGKILL)
+
+    def _one(self, job: Job, bar: Any) -> None:
+        if self._stop.is_set():
+            return
+        gpu = self._free.get()
+        try:
+            line = self._job(job, gpu)
+        except (RuntimeError, OSError, ValueError) as error:
+            with self._lock:
+                if not self._stop.is_set():
+                    self.failures.append(f"{job}: {error}")
+                    bar.write(self.failures[-1], file=sys.stderr)
+                if len(self.failures) >= MAX_FAILURES:
+                    self._stop.set()
+            return
+        finally:
+            self._free.put(gpu)
+        with self._lock:
+            self._append(json.dumps(line))
+            bar.set_postfix_str(f"{job.task} {job.method} seed {job.seed} lr {job.lr:g}", refresh=False)
+            bar.update()
+
+    def _job(self, job: Job, gpu: int | None) -> Options:
+        environment = os.environ | {k: str(v) for k, v in self.grid.launcher.items() if k.isupper()}
+        with tempfile.TemporaryDirectory() as folder:
+            result = Path(folder) / "result.jsonl"
+            command = command_of(self.grid, options_of(self.grid, job, self.data, Path(folder)), result, gpu)
+            with self._lock:
+                if self._stop.is_set():
+                    raise RuntimeError("the study was stopped")
+                process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    cwd=ROOT,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    start_new_session=True,
+                )
+                self._groups.add(process.pid)
+            output, _ = process.communicate()
+            with self._lock:
+                self._groups.discard(process.pid)
+            if process.returncode or not result.exists():
+                raise RuntimeError(f"{shlex.join(command)}\nended with {process.returncode}:\n{output[-4000:]}")
+            found = json.loads(result.read_text())
+        settings, data = settings_of(self.grid, job), data_of(self.grid, job, self.data)
+        return line_of(job, found, settings, data, time.strftime("%Y-%m-%d"))
+
+    def _append(self, line: str) -> None:
+        """In one write, so that a crash leaves whole lines; on a new line, whatever a crash has left before it."""
+        torn = self.results.exists() and not self.results.read_text().endswith("\n") and self.results.stat().st_size
+        with self.results.open("a") as file:
+            file.write(("\n" if torn else "") + line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def run(
+    grid_file: Annotated[Path, typer.Argument(help="YAML file of the grid.")],
+    data: Annotated[str, typer.Option(help="Folder of the tasks' files, or hub.")],
+    results: Annotated[Path, typer.Option(help="JSON lines; added to.")],
+    jobs: Annotated[int, typer.Option(help="Jobs side by side.")] = 1,
+    gpus: Annotated[int, typer.Option(help="GPUs of this machine that jobs of one GPU take turns on.")] = 0,
+) -> None:
+    """Run what is not in the results file yet."""
+    grid = read_grid(grid_file)
+    data = check_data(grid, data)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    cells = list(itertools.product(grid.tasks, grid.train_limits))
+    tuning = [job for cell in cells for job in tuning_jobs(grid, *cell)]
+    finished = read_results(results, grid)
+    for result in finished:
+        theirs, ours = result["data"], data_of(grid, job_of(result), data)
+        if theirs != ours:
+            raise ValueError(
+                f"{results}: expected results on the data of --data, got {job_of(result)} on {theirs}, here {ours}."
+                " Remedy: another --results file, or the data that it belongs to."
+            )
+    total = len(tuning) + len(cells) * len(grid.seeds) * len(grid.methods)
+    done = {job_of(r) for r in finished}
+    wanted = set(tuning) | {job for cell in cells for job in reported_jobs(grid, *cell, finished)}
+    # What was finished before says nothing of how fast this machine is.
+    bar = tqdm(total=total, initial=len(done & wanted), desc="Study", unit=" jobs", smoothing=0)
+    runner = Runner(grid, data, results, jobs, gpus)
+    # As Ctrl-C does: jobs have sessions of their own, so that nobody else ends them.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # Seed by seed over all cells: a study that is stopped early has a table, of fewer seeds.
+    runner.run([job for job in tuning if job not in done], bar)
+    tuned = read_results(results, grid)
+    report_jobs = sorted((job for cell in cells for job in reported_jobs(grid, *cell, tuned)), key=lambda job: job.seed)
+    runner.run([job for job in report_jobs if job not in done], bar)
+    bar.close()
+    if runner.failures:
+        print(
+            f"{len(runner.failures)} jobs failed, see above; the same command runs them again"
+            + (", and those that were not started." if len(runner.failures) >= MAX_FAILURES else "."),
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
+
+
+def report(
+    grid_file: Annotated[Path, typer.Argument(help="YAML file of the grid.")],
+    results_file: Annotated[Path, typer.Argument(help="Its results.")],
+    plot: Annotated[Path | None, typer.Option(help="PNG to draw.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+) -> None:
+    """Print the table, and draw the plot."""
+    grid = read_grid(grid_file)
+    results = read_results(results_file, grid)
+    header = [h.format(grid.compared_with) for h in HEADER]
+    if markdown:
+        print("\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows(grid, results)]))
+    else:
+        table = Table(*header)
+        for row in rows(grid, results):
+            table.add_row(*row)
+        console = Console()
+        # A pipe has no width: do not squeeze the table into 80 columns.
+        console.print(table, width=None if console.is_terminal else 160, crop=False)
+    hours = sum(r["seconds"]["total"] for r in results) / 3600
+    print(f"\n{len(results)} runs, tuning included, {hours:.1f} hours of run time")
+    if plot is not None:
+        draw(grid, results, plot)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+    app.command()(run)
+    app.command()(report)
+    app()
