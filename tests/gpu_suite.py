@@ -19,11 +19,13 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 import ds_childtune
-from tests import test_checkpoint, test_compact, test_export, test_masks, test_parity
+from tests.support import compact_runs, exporting, resuming
+from tests.support.blocks import BLOCKS
 from tests.support.engines import Optimizer, Setup, engine_of, train_step
 from tests.support.models import batches
+from tests.support.parity import Cell, D, F, check_against_the_oracle
 from tests.support.ranks import RankPool
-from tests.test_parity import Cell, D, F
+from tests.support.triton_masks import check_triton_s_kernel
 
 ON_CPU = get_accelerator().device_name() == "cpu"
 needs_accelerator = pytest.mark.skipif(ON_CPU, reason="needs an accelerator")
@@ -65,20 +67,20 @@ def at_one_rank(cell: Cell) -> Cell:
 
 @pytest.mark.parametrize("cell", parity_cells(), ids=str)
 def test_parity_with_the_oracle(pool: RankPool, cell: Cell, record_property: Any) -> None:
-    test_parity.test_weights_equal_the_oracle(pool, at_one_rank(cell), record_property)
+    check_against_the_oracle(pool, at_one_rank(cell), record_property)
 
 
 @pytest.mark.parametrize(
     "name", ["zero0", "zero1-sgd", "zero2-bf16-odd", "zero3-odd", "zero3-bf16-odd-fused", "zero3-offload-cpuadam"]
 )
 def test_compact_is_the_dense_path(pool: RankPool, name: str) -> None:
-    case = test_compact.CASES[name]
-    compact = pool[1].run(test_compact.run, case, "compact")
-    test_compact.check(case, pool[1].run(test_compact.run, case, "dense"), compact)
+    case = compact_runs.CASES[name]
+    compact = pool[1].run(compact_runs.run, case, "compact")
+    compact_runs.check(case, pool[1].run(compact_runs.run, case, "dense"), compact)
 
 
 def test_fused_adam_and_empty_child_shards(pool: RankPool) -> None:
-    dense, compact = (pool[1].run(test_compact.without_elements, state, "empty") for state in ("dense", "compact"))
+    dense, compact = (pool[1].run(compact_runs.without_elements, state, "empty") for state in ("dense", "compact"))
     for (expected, kept, _), (phases, same, numels) in zip(dense, compact, strict=True):
         assert kept == same
         assert (min(kept), min(numels) > 0) == (0, True)
@@ -91,31 +93,31 @@ def test_fused_adam_and_empty_child_shards(pool: RankPool) -> None:
 )
 def test_resume(pool: RankPool, name: str, mode: str, tmp_path: Path) -> None:
     """Bit for bit, random states of the device included."""
-    arguments = test_checkpoint.SETUPS[name], test_checkpoint.BLOCKS[mode], str(tmp_path)
-    expected = pool[1].run(test_checkpoint.whole, *arguments)
-    got = pool[1].run(test_checkpoint.resumed, *arguments)
+    arguments = resuming.SETUPS[name], BLOCKS[mode], str(tmp_path)
+    expected = pool[1].run(resuming.whole, *arguments)
+    got = pool[1].run(resuming.resumed, *arguments)
     for (end, again), other in zip(expected, got, strict=True):
-        test_checkpoint.check_equal(end, other)
-        test_checkpoint.check_equal(end, again)
+        resuming.check_equal(end, other)
+        resuming.check_equal(end, again)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_base_plus_child_is_the_tuned_model(pool: RankPool, tmp_path: Path, stage: int) -> None:
     setup = Setup("gpt2", stage=stage, bf16=True)
-    run = pool[1].run(test_export.train_and_export, setup, str(tmp_path), "compact")[0]
-    model = test_export.base_model(setup)
-    base = test_export.copied(model)
-    assert not test_export.same(run.full, base), "vacuous: training changed nothing"
+    run = pool[1].run(exporting.train_and_export, setup, str(tmp_path), "compact")[0]
+    model = exporting.base_model(setup)
+    base = exporting.copied(model)
+    assert not exporting.same(run.full, base), "vacuous: training changed nothing"
     applied = ds_childtune.apply_child(model, tmp_path / "child")
-    assert test_export.same(test_export.copied(model), run.full)
+    assert exporting.same(exporting.copied(model), run.full)
     applied.revert()
-    assert test_export.same(test_export.copied(model), base)
+    assert exporting.same(exporting.copied(model), base)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @needs_accelerator
 def test_triton_s_kernel_is_bit_identical(dtype: str) -> None:
-    test_masks.test_triton_s_kernel_is_bit_identical(dtype)
+    check_triton_s_kernel(dtype)
 
 
 @contextlib.contextmanager

@@ -17,11 +17,11 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tests.support.bits import equal_bits
+from tests.support.blocks import BLOCKS
 from tests.support.engines import Weights
 from tests.support.lives import Job, Life, Trip, live
-from tests.test_bitwise import equal_bits
-from tests.test_checkpoint import BLOCKS
-from tests.test_elastic import Place, State
+from tests.support.places import Place, State
 
 PLACES = [Place(w, s) for w in (1, 2, 4) for s in (1, 2, 3)] + [Place(2, 3, 40), Place(1, 3, 10**9)]
 LIVES = 12

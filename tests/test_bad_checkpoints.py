@@ -22,11 +22,11 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 import ds_childtune
 from ds_childtune.zero.checkpoint_read import _read
+from tests.support.bits import equal_bits
+from tests.support.blocks import BLOCKS
 from tests.support.engines import Setup, engine_of, master_weights, train_step
 from tests.support.models import batches, deal
 from tests.support.ranks import RankPool
-from tests.test_bitwise import equal_bits
-from tests.test_checkpoint import BLOCKS
 
 ODD = Setup("odd", stage=2)
 D_COMPACT, F = BLOCKS["D-compact"], BLOCKS["F"]

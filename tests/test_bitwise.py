@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 import ds_childtune
-from tests.support.engines import Optimizer, Setup, Weights, engine_of, master_weights, model_weights, train_step
+from tests.support.bits import bits_equal, equal_bits
+from tests.support.counters import counters, random_states
+from tests.support.engines import Setup, Weights, engine_of, master_weights, model_weights, train_step
+from tests.support.listed_optimizers import OFFLOADED, OPTIMIZERS
 from tests.support.models import batches, deal
 from tests.support.ranks import RankPool
 from tests.support.reference import distance
-from tests.test_parity import bits_equal
 
 P = 0.3
 STEPS = 4
@@ -31,22 +32,6 @@ def train(engine: Any, setup: Setup, first: int, last: int) -> None:
 
 def calibration(setup: Setup) -> list[Any]:
     return deal(batches(setup.family, 3, seed=1000), dist.get_rank(), dist.get_world_size())
-
-
-def counters(engine: Any) -> dict[str, Any]:
-    """What a Fisher pass must leave alone."""
-    names = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-    scheduler = engine.lr_scheduler.state_dict() if engine.lr_scheduler else None
-    training = [module.training for module in engine.module.modules()]
-    return {n: getattr(engine, n) for n in names} | {
-        "lr": engine.get_lr(),
-        "lr_scheduler": scheduler,
-        "train": training,
-    }
-
-
-def random_states() -> tuple[list[int], int]:
-    return torch.get_rng_state().tolist(), int(np.random.get_state()[1].sum())  # type: ignore[index, union-attr]
 
 
 # ---------------------------------------------------------------- plain DeepSpeed
@@ -85,10 +70,6 @@ def run_against_plain(setup: Setup, *, reserve_p: float, steps_before: int, deta
     return runs[0], runs[1]
 
 
-def equal_bits(a: Weights, b: Weights) -> bool:
-    return a.keys() == b.keys() and all(bits_equal(a[n].float(), b[n].float()) for n in a)
-
-
 DROPPING = Setup("gpt2", accumulation=2, clip=0.3, dropout=0.2, schedule=True, sub_group_size=700)
 PLAIN = {
     **{f"zero{s}": replace(DROPPING, stage=s) for s in range(4)},
@@ -125,24 +106,6 @@ def check_plain(outcomes: list[tuple[Run, Run]]) -> None:
 
 
 # ---------------------------------------------------------------- the complement
-
-ADAM = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
-OPTIMIZERS = {
-    "AdamW": Optimizer(),
-    "Adam": Optimizer("Adam", {**ADAM, "torch_adam": True, "adam_w_mode": False}),
-    "FusedAdam": Optimizer("AdamW", ADAM),
-    "FusedAdam-L2": Optimizer("Adam", {**ADAM, "adam_w_mode": False}),
-    "SGD": Optimizer("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
-    "Adagrad": Optimizer("Adagrad", ADAM),
-    "RMSprop": Optimizer("RMSprop", {**ADAM, "momentum": 0.5}),
-}
-"""As DeepSpeed builds them without offload."""
-OFFLOADED = {
-    "DeepSpeedCPUAdam": Optimizer("AdamW", ADAM),
-    "DeepSpeedCPUAdam-L2": Optimizer("Adam", {**ADAM, "adam_w_mode": False}),
-    "DeepSpeedCPULion": Optimizer("Lion", {"lr": 1e-2, "weight_decay": 0.1}),
-    "DeepSpeedCPUAdagrad": Optimizer("Adagrad", ADAM),
-}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,90 +20,12 @@ from ds_childtune.checkpoint import load
 from ds_childtune.checkpoint.load import CheckpointLoader
 from ds_childtune.zero import checkpoint_write, elastic
 from ds_childtune.zero.engine import base_optimizer
-from tests.support.engines import Setup, Weights, engine_of, master_weights, model_weights, train_step
-from tests.support.models import batches, deal
+from tests.support.bits import equal_bits
+from tests.support.blocks import BLOCKS, COMPACT
+from tests.support.engines import Setup, Weights, engine_of, master_weights, model_weights
 from tests.support.ranks import RankPool
-from tests.support.reference import distance
-from tests.test_bitwise import counters, equal_bits, random_states
+from tests.support.resuming import DEEP, SETUPS, N, check_equal, resumed, share, train, whole
 
-P, N = 0.3, 2
-F = {"mode": "ChildTuning-F", "reserve_p": P, "seed": 5}
-D = {"mode": "ChildTuning-D", "reserve_p": P}
-COMPACT = {**D, "optimizer_state": "compact"}
-BLOCKS: dict[str, dict[str, Any]] = {"F": F, "D": D, "D-compact": COMPACT}
-
-BASE = Setup("gpt2", clip=0.5, dropout=0.2, schedule=True, sub_group_size=700)
-
-
-@dataclass(frozen=True)
-class End:
-    """What a run has come to."""
-
-    start: Weights
-    masters: Weights
-    forward: Weights
-    masks: Weights
-    counters: dict[str, Any]
-    random: Any
-    step: int
-
-
-def share(setup: Setup, seed: int, count: int) -> list[Any]:
-    return deal(batches(setup.family, count, seed=seed), dist.get_rank(), dist.get_world_size())
-
-
-def train(engine: Any, setup: Setup, first: int, last: int) -> None:
-    for step in range(first, last):
-        train_step(engine, share(setup, step, setup.accumulation * dist.get_world_size()))
-
-
-def end_of(engine: Any, child: Any, start: Weights) -> End:
-    masks = {p.name: child.gather_mask(p.name) for p in child.report().parameters}
-    drawn = random_states()
-    return End(start, master_weights(engine), model_weights(engine), masks, counters(engine), drawn, child.step)
-
-
-def whole(setup: Setup, block: dict[str, Any], folder: str) -> tuple[End, End]:
-    """2 N steps, with a checkpoint in the middle; and the last N of them again, from that checkpoint in the same engine."""
-    torch.manual_seed(dist.get_rank())
-    with engine_of(setup) as engine:
-        start = master_weights(engine)
-        if not setup.lean:
-            train(engine, setup, 0, 1)  # moments outside the child, which must not come back
-        child = ds_childtune.attach(engine, block)
-        if child.config.mode == "ChildTuning-D":
-            child.select(share(setup, 1000, 4))
-        train(engine, setup, 1, N)
-        engine.save_checkpoint(folder, client_state={"note": 7})
-        train(engine, setup, N, 2 * N)
-        end = end_of(engine, child, start)
-        engine.load_checkpoint(folder)
-        train(engine, setup, N, 2 * N)
-        return end, end_of(engine, child, start)
-
-
-def resumed(setup: Setup, block: dict[str, Any], folder: str) -> End:
-    """The last N of them, in a new engine whose generators are elsewhere."""
-    torch.manual_seed(99)
-    with engine_of(setup) as engine:
-        start = master_weights(engine)
-        child = ds_childtune.attach(engine, block)
-        path, client_state = engine.load_checkpoint(folder)
-        assert path is not None
-        assert client_state["note"] == 7
-        train(engine, setup, N, 2 * N)
-        return end_of(engine, child, start)
-
-
-DEEP = replace(BASE, stage=3, clip=0.0)
-"""Where a compact child's own shards replace DeepSpeed's."""
-SETUPS = {
-    **{f"zero{s}": replace(BASE, stage=s) for s in range(4)},
-    **{f"zero{s}-bf16": replace(BASE, stage=s, bf16=True) for s in range(4)},
-    "zero3-deep": DEEP,
-    "zero3-deep-bf16": replace(DEEP, bf16=True),
-    "zero3-lean-bf16": replace(DEEP, bf16=True, lean=True),
-}
 FEW = {"zero0": "D-compact", "zero0-bf16": "F"} | {
     name: "D-compact" for name in SETUPS if name.startswith("zero3-deep")
 }
@@ -118,17 +40,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(pool: RankPool, name: str, mode:
     for (end, again), other in zip(expected, got, strict=True):
         check_equal(end, other)
         check_equal(end, again)
-
-
-def check_equal(a: End, b: End) -> None:
-    assert distance(a.masters, a.start) > 0.1, "vacuous: nothing moved"
-    assert equal_bits(a.masters, b.masters)
-    assert equal_bits(a.forward, b.forward)
-    assert equal_bits(a.masks, b.masks)
-    # DeepSpeed counts micro-steps from the load on.
-    assert a.counters | {"micro_steps": 0} == b.counters | {"micro_steps": 0}
-    assert a.step == b.step
-    assert a.random == b.random
 
 
 def loaded_over_a_child(setup: Setup, folder: str, fails: bool) -> tuple[list[bool], bool, bool]:

@@ -6,9 +6,8 @@ dense path's separate decay, so there the two paths agree to the last bits only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,131 +16,9 @@ from torch import Tensor
 
 import ds_childtune
 from ds_childtune.child import child_shard as child_shards
-from ds_childtune.zero.engine import base_optimizer
-from tests.support.engines import Optimizer, Setup, Weights, engine_of, master_weights, model_weights, train_step
-from tests.support.models import batches, deal
+from tests.support.compact_runs import CASES, Case, P, Run, check, run, share, without_elements
+from tests.support.engines import Setup, Weights, engine_of, master_weights, train_step
 from tests.support.ranks import RankPool
-
-P, STEPS = 0.3, 3
-SGD = Optimizer("SGD", {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1})
-ADAGRAD = Optimizer("Adagrad", {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1})
-FUSED = Optimizer("AdamW", {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1})
-
-
-@dataclass(frozen=True)
-class Case:
-    setup: Setup
-    depth: str
-    past: bool = True
-    """Train dense first, so that there are moments to take over."""
-    reselect: bool = True
-    """Choose another child in between."""
-    after: bool = True
-    """Train on as plain DeepSpeed at the end."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """What one rank saw after some steps."""
-
-    masters: Weights
-    forward: Weights
-    masks: Weights
-    """None are left at the end."""
-
-
-@dataclass(frozen=True)
-class Run:
-    depth: str
-    start: Weights
-    phases: list[Phase]
-    state_numel: int
-    """Elements of all moments on this rank, with the first child."""
-    child_numel: int
-    """Elements of that child on this rank, dense parameters included."""
-    flat_state: int
-    """Flat shards for which the base optimizer holds state."""
-
-
-def share(setup: Setup, seed: int, count: int) -> list[Any]:
-    return deal(batches(setup.family, count, seed=seed), dist.get_rank(), dist.get_world_size())
-
-
-def run(case: Case, optimizer_state: str, clip: str | None = None) -> Run:
-    """Train dense, then a child, then another one, then as plain DeepSpeed, as far as the case says so."""
-    setup = case.setup
-    torch.manual_seed(0)
-    with engine_of(setup) as engine:
-        steps = iter(range(100))
-
-        def train() -> None:
-            for _ in range(STEPS):
-                train_step(engine, share(setup, next(steps), setup.accumulation * dist.get_world_size()))
-
-        if case.past:
-            train()
-        block = {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": optimizer_state, "clip": clip}
-        child = ds_childtune.attach(engine, block)
-        start, phases = master_weights(engine), []
-        state = base_optimizer(engine).state
-        for number in range(1 + case.reselect):
-            names = [p.name for p in child.select(share(setup, 1000 + number, 4)).parameters]
-            train()
-            masks = {n: child.gather_mask(n) for n in names}
-            phases.append(Phase(master_weights(engine), model_weights(engine), masks))
-            if number == 0:
-                tensors = [v for of in state.values() for v in of.values() if isinstance(v, Tensor) and v.dim()]
-                state_numel = sum(v.numel() for v in tensors)
-                shards, depth = child._shards, getattr(child._policy, "depth", "dense")
-                child_numel = sum(int(child._policy.mask(s.tensor, f).sum()) for s in shards for f in s.fragments)
-                flat_state = sum(bool(state.get(s.tensor)) for s in shards)
-        child.detach()
-        if case.after:
-            train()
-        phases.append(Phase(master_weights(engine), model_weights(engine), {}))
-        return Run(depth, start, phases, state_numel, child_numel, flat_state)
-
-
-CLIPPED = Setup(accumulation=2, clip=0.5, schedule=True)
-BASE = replace(CLIPPED, clip=0.0)
-FROM_START = Case(Setup(), "deep", past=False, reselect=False)
-"""Of a deep child in bf16, which lets go of what masters outside it hold beyond their 16-bit weights."""
-
-CASES = {
-    "zero0": Case(replace(CLIPPED, stage=0), "wrap"),
-    "zero0-bf16": Case(replace(CLIPPED, stage=0, bf16=True), "wrap"),
-    "zero1-sgd": Case(replace(CLIPPED, stage=1, optimizer=SGD), "deep"),
-    "zero1-bf16-groups": replace(FROM_START, setup=replace(CLIPPED, stage=1, bf16=True, no_decay=("ln", "bias"))),
-    "zero1-bf16-fp32-accumulation": Case(replace(CLIPPED, stage=1, bf16=True, fp32_accumulation=True), "wrap"),
-    "zero1-round-robin": Case(replace(CLIPPED, stage=1, round_robin=True, no_decay=("ln", "bias")), "deep"),
-    "zero2-bf16-round-robin": replace(FROM_START, setup=replace(CLIPPED, stage=2, bf16=True, round_robin=True)),
-    "zero2-offload-round-robin": Case(replace(CLIPPED, stage=2, offload=True, round_robin=True), "wrap"),
-    "zero2-llama": Case(replace(CLIPPED, stage=2, family="llama"), "deep"),
-    "zero2-t5-sgd": Case(replace(CLIPPED, stage=2, family="t5", optimizer=SGD), "deep"),
-    "zero2-bf16-odd": replace(FROM_START, setup=replace(CLIPPED, stage=2, bf16=True, family="odd")),
-    "zero2-offload-cpuadam": Case(replace(CLIPPED, stage=2, offload=True, optimizer=FUSED), "wrap"),
-    "zero3-clipped-odd": Case(replace(CLIPPED, stage=3, family="odd"), "wrap"),
-    "zero3-clipped-bf16": Case(
-        replace(CLIPPED, stage=3, bf16=True, zero_init=True, persistence_threshold=50, sub_group_size=900), "wrap"
-    ),
-    "zero3-offload-cpuadam": Case(replace(CLIPPED, stage=3, offload=True, optimizer=FUSED), "wrap"),
-    "zero3-odd": Case(replace(BASE, stage=3, family="odd", persistence_threshold=8, sub_group_size=20), "deep"),
-    "zero3-sub-groups": Case(replace(BASE, stage=3, sub_group_size=700, no_decay=("bias",)), "deep"),
-    "zero3-t5-sgd": Case(replace(BASE, stage=3, family="t5", optimizer=SGD), "deep"),
-    "zero3-llama-adagrad": Case(replace(BASE, stage=3, family="llama", optimizer=ADAGRAD, sub_group_size=300), "deep"),
-    "zero3-bf16-odd-fused": replace(
-        FROM_START, setup=replace(BASE, stage=3, bf16=True, family="odd", optimizer=FUSED, sub_group_size=20)
-    ),
-    "zero3-bf16-fp32-accumulation": replace(
-        FROM_START, setup=replace(BASE, stage=3, bf16=True, fp32_accumulation=True, sub_group_size=900)
-    ),
-    "zero3-bf16-zero-init": Case(
-        replace(BASE, stage=3, bf16=True, zero_init=True, persistence_threshold=50, sub_group_size=900),
-        "deep",
-        past=False,
-        after=False,
-    ),
-}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -155,36 +32,6 @@ def test_other_world_sizes(pool: RankPool, world_size: int) -> None:
     """At 4 ranks most of them hold nothing of a parameter, and some nothing of a sub-group's child."""
     case = CASES["zero3-odd"]
     check(case, pool[world_size].run(run, case, "dense"), pool[world_size].run(run, case, "compact"))
-
-
-def check(case: Case, dense: list[Run], compact: list[Run]) -> None:
-    fused = case.setup.optimizer is FUSED
-
-    def same(expected: Tensor, got: Tensor) -> bool:
-        rtol, atol = (1e-2, 1e-4) if got.dtype == torch.bfloat16 else (1e-4, 1e-5)
-        return torch.allclose(got, expected, rtol, atol) if fused else torch.equal(got, expected)
-
-    for a, b in zip(dense, compact, strict=True):
-        assert (a.depth, b.depth) == ("dense", case.depth)
-        for number, (expected, got) in enumerate(zip(a.phases, b.phases, strict=True)):
-            differing = [n for n, w in expected.forward.items() if not same(w, got.forward[n])]
-            assert differing == [], number
-            for n, mask in expected.masks.items():
-                assert torch.equal(mask, got.masks[n])
-                assert same(expected.masters[n][mask], got.masters[n][mask]), (number, n)
-            if not (case.setup.bf16 and case.depth == "deep"):
-                assert all(same(w, got.masters[n]) for n, w in expected.masters.items()), number
-        first = b.phases[0]
-        moved = {n: w != b.start[n] for n, w in first.masters.items()}
-        inside = torch.cat([moved[n][mask] for n, mask in first.masks.items()])
-        assert inside.float().mean() > 0.5, "vacuous: the child rests"
-        assert not any((moved[n] & ~mask).any() for n, mask in first.masks.items())
-        if case.reselect:
-            differing = [n for n, mask in first.masks.items() if not torch.equal(mask, b.phases[1].masks[n])]
-            assert differing, "vacuous: the same child again"
-    moments = 1 if case.setup.optimizer in (SGD, ADAGRAD) else 2
-    assert all(b.state_numel == moments * b.child_numel and not b.flat_state for b in compact)
-    assert sum(a.state_numel for a in dense) > sum(b.state_numel for b in compact), "vacuous"
 
 
 @pytest.mark.parametrize(("depth", "clip"), [("deep", None), ("wrap", "dense")])
@@ -309,42 +156,6 @@ def test_a_deep_child_keeps_no_second_copy_of_the_parameters(pool: RankPool, nam
         assert all(trained)
         assert all(attached) == (name != "bf16")
         assert not any([*plain, *detached, *after])
-
-
-def without_elements(optimizer_state: str, first: str) -> tuple[list[Weights], list[int], list[int]]:
-    """Weights after each of three phases, elements of the last parameter's child, and sizes of what the optimizer was handed.
-
-    Args:
-        first: "empty", a child without an element of the last parameter comes first, or "full".
-    """
-    torch.manual_seed(0)
-    setup = Setup(stage=0, optimizer=FUSED)
-    with engine_of(setup) as engine:
-        block = {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": optimizer_state, "selector": "magnitude"}
-        child = ds_childtune.attach(engine, block)
-        name = sorted(child._eligible)[-1]
-        last = engine.module.get_parameter(name)
-        base = base_optimizer(engine)
-        base.param_groups[0]["params"].sort(key=lambda p: p is last)
-        numels: list[int] = []
-        phases, kept, steps = [], [], iter(range(100))
-        for number, scale in enumerate((0.0, 1.0) if first == "empty" else (1.0, 0.0)):
-            with torch.no_grad():
-                last.copy_(scale * torch.linspace(1, 2, last.numel()).view(last.shape))
-            child.select()
-            if not number:
-                spy = base.register_step_pre_hook(
-                    lambda o, *_: numels.extend(p.numel() for g in o.param_groups for p in g["params"])
-                )
-            kept.append(int(child.gather_mask(name).sum()))
-            for _ in range(STEPS):
-                train_step(engine, share(setup, next(steps), 2))
-            phases.append(model_weights(engine))
-        spy.remove()
-        child.detach()
-        for _ in range(STEPS):
-            train_step(engine, share(setup, next(steps), 2))
-        return [*phases, model_weights(engine)], kept, numels
 
 
 @pytest.mark.parametrize("first", ["empty", "full"])

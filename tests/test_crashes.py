@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.soak import Tally, soak
+from tests.support.bits import equal_bits
+from tests.support.blocks import BLOCKS
 from tests.support.lives import Job, Trip, live
-from tests.test_bitwise import equal_bits
-from tests.test_checkpoint import BLOCKS
-from tests.test_elastic import Place
+from tests.support.places import Place
 
 STEPS, SAVE_EVERY = 6, 2
 PLACE = Place(2, 3)

@@ -16,53 +16,15 @@ import torch.distributed as dist
 
 import ds_childtune
 from tests.support.alive import Alive
+from tests.support.bits import equal_bits
+from tests.support.blocks import BLOCKS
 from tests.support.engines import Optimizer, Setup, Weights, engine_of, master_weights, model_weights, train_step
 from tests.support.models import batches, deal
+from tests.support.places import GLOBAL_BATCH, Place, State, setup_of
 from tests.support.ranks import RankPool
-from tests.test_bitwise import equal_bits
-from tests.test_checkpoint import BLOCKS
 
-GLOBAL_BATCH = 4
-"""Micro-batches of a step, over all ranks."""
 STEPS = 2
 """Of each leg."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a leg runs."""
-
-    world_size: int
-    stage: int
-    sub_group_size: int = 90
-    round_robin: bool = False
-
-
-@dataclass(frozen=True)
-class State:
-    """What a leg ends with."""
-
-    masters: Weights
-    forward: Weights
-    masks: Weights
-    step: int
-    global_steps: int
-    lr: list[float]
-    note: Any
-
-
-def setup_of(place: Place, bf16: bool) -> Setup:
-    accumulation = GLOBAL_BATCH // place.world_size
-    return Setup(
-        "integer",
-        stage=place.stage,
-        bf16=bf16,
-        schedule=True,
-        accumulation=accumulation,
-        sub_group_size=place.sub_group_size,
-        round_robin=place.round_robin,
-        no_decay=("bias",),
-    )
 
 
 def leg(setup: Setup, block: dict[str, Any], first: int, last: int, came: str | None, goes: str | None) -> State:

@@ -24,9 +24,9 @@ from ds_childtune.selection.fisher_pass import default_loss
 from tests.support import reference
 from tests.support.engines import Optimizer, Setup, engine_of, master_weights, on_device, train_step
 from tests.support.models import Batch, batches, build, deal
+from tests.support.parity import oracle_fisher
 from tests.support.ranks import RankPool
 from tests.support.reference import distance, worst_difference
-from tests.test_parity import oracle_fisher
 
 F, D = "ChildTuning-F", "ChildTuning-D"
 CHILD_D = {"mode": D, "reserve_p": 0.3}

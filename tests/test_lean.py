@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 import ds_childtune
+from tests.support.bits import equal_bits
+from tests.support.compact_runs import BASE, CASES, check, run
 from tests.support.engines import Setup, Weights, engine_of, master_weights, train_step
 from tests.support.models import batches, deal
 from tests.support.ranks import RankPool
 from tests.support.reference import distance
-from tests.test_bitwise import equal_bits
-from tests.test_compact import BASE, CASES, check, run
 
 COMPACT = {"mode": "ChildTuning-D", "reserve_p": 0.3, "optimizer_state": "compact"}
 LEAN = replace(BASE, stage=3, accumulation=1, bf16=True, zero_init=True, lean=True)

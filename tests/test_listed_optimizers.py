@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 
 import ds_childtune
+from tests.support.bits import equal_bits
 from tests.support.engines import Optimizer, Setup, Weights, engine_of, master_weights, train_step
+from tests.support.listed_optimizers import OFFLOADED, OPTIMIZERS
 from tests.support.models import batches, deal
 from tests.support.ranks import RankPool
-from tests.test_bitwise import OFFLOADED, OPTIMIZERS, equal_bits
 
 STEPS = 2
 """Of each of the four parts of a life."""

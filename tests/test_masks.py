@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from ds_childtune.child.generator import INDEX_BLOCK, MULTIPLIERS, base_keys, bernoulli_mask, keep_limit, step_keys
+from ds_childtune.child.generator import INDEX_BLOCK, base_keys, bernoulli_mask, keep_limit, step_keys
 from ds_childtune.child.mask_kernels import mask_kernel
 from ds_childtune.shards import Fragment
+from tests.support.triton_masks import check_triton_s_kernel
 
 CPU = torch.device("cpu")
 N = 1 << 20
@@ -112,39 +110,9 @@ def test_a_compiler_that_gives_up_in_a_run_is_replaced() -> None:
     assert torch.equal(got, expected)
 
 
-def triton_and_eager(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """One gradient, masked by each: fragments of a few elements, of a block and of several, and padding between them."""
-    from ds_childtune.child import mask_triton
-
-    block = mask_triton.BLOCK
-    fragments, at = [], 3
-    for numel in (1, 7, block, block + 1, 5 * block + 11, 384, 2):
-        fragments.append(Fragment(f"w{numel}", 5, at, numel))
-        at += numel + numel % 3
-    got = torch.randn(at + 4, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    expected = got.clone()
-    keys = step_keys(base_keys(fragments, 3, device=device), 7)
-    mask_triton.ShardKernel(fragments, device, MULTIPLIERS)(got, keys, KEPT, 1 / 0.4)
-    for fragment, key in zip(fragments, keys, strict=True):
-        mask_kernel(device.type, dtype, allow_compile=False)(fragment.of(expected), key, KEPT, 1 / 0.4)
-    return got, expected
-
-
-KEPT = keep_limit(0.4)
-
-
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which comes with torch for GPUs")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_triton_s_kernel_is_bit_identical(dtype: str) -> None:
-    """On a GPU, or by Triton's interpreter, which must be asked for before Triton is imported."""
-    on_gpu = torch.cuda.is_available()
-    if dtype == "bfloat16" and not on_gpu:
+    if dtype == "bfloat16" and not torch.cuda.is_available():
         pytest.skip("Triton's interpreter does not round to bfloat16 as GPUs do")
-    device = "cuda" if on_gpu else "cpu"
-    program = (
-        "import torch; from tests.test_masks import triton_and_eager;"
-        f"got, expected = triton_and_eager(torch.{dtype}, torch.device('{device}')); assert torch.equal(got, expected)"
-    )
-    environment = os.environ | ({} if on_gpu else {"TRITON_INTERPRET": "1"})
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    check_triton_s_kernel(dtype)

@@ -16,11 +16,11 @@ import ds_childtune
 from ds_childtune.child.optimizer_trial import Behaviour, behaviour_of
 from ds_childtune.zero.flat_shards import read_flat_shards, read_parameters
 from tests.support import optimizers
+from tests.support.bits import equal_bits
 from tests.support.engines import Setup, Weights, engine_of, master_weights, model_weights, train_step
 from tests.support.models import batches, deal
 from tests.support.ranks import RankPool
 from tests.support.reference import distance
-from tests.test_bitwise import equal_bits
 
 Make = Callable[[Any], torch.optim.Optimizer]
 SOAKED = {"lr": 0.0, "weight_decay": 0.01}

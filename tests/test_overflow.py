@@ -10,12 +10,12 @@ import pytest
 import torch.distributed as dist
 
 import ds_childtune
+from tests.support.bits import equal_bits
+from tests.support.blocks import BLOCKS
 from tests.support.engines import Setup, Weights, engine_of, master_weights, train_step
 from tests.support.models import Batch, batches, deal
 from tests.support.ranks import RankPool
 from tests.support.reference import distance
-from tests.test_bitwise import equal_bits
-from tests.test_checkpoint import BLOCKS
 
 ODD = Setup("odd", bf16=True, schedule=True)
 CHECKED = {"bf16": {"enabled": True, "check_grad_overflow": True}}

@@ -23,11 +23,11 @@ from ds_childtune.child_files.fingerprint import fingerprint
 from ds_childtune.child_files.format import Manifest, Piece, parsed, sealed
 from ds_childtune.child_files.reader import open_child
 from ds_childtune.child_files.writer import commit, write_pieces
+from tests.support.bits import equal_bits
+from tests.support.blocks import BLOCKS
 from tests.support.engines import Setup, engine_of, master_weights, train_step
 from tests.support.models import batches, build, deal
 from tests.support.ranks import RankPool
-from tests.test_bitwise import equal_bits
-from tests.test_checkpoint import BLOCKS
 
 # ---------------------------------------------------------------- the child alone
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -492,3 +493,13 @@ def test_imports_have_no_circle() -> None:
 
     for module in MODULES:
         reached(module)
+
+
+def test_nothing_imports_a_test_file() -> None:
+    """What tests share is in tests/support. Code that a test hands to another process, as a string, counts too."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    assert Path(__file__) in files, "vacuous: the tests were not found"
+    of_a_test_file = re.compile(r"\b(?:from tests import|import tests\.|from tests\.)[ ]*test_\w+")
+    assert of_a_test_file.search("from tests." + "test_seams import x"), "vacuous: no import would be found"
+    found = {path.name: of_a_test_file.findall(path.read_text()) for path in files}
+    assert not {name: lines for name, lines in found.items() if lines}, "expected what is shared in tests/support"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,12 +39,3 @@ class Alive(TorchDispatchMode):
         self._storages = {key: found for key, found in self._storages.items() if not found[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self._storages.values()))
         return result
-
-
-def test_what_is_alive_is_counted() -> None:
-    with Alive() as alive:
-        kept = torch.zeros(1000)
-        for _ in range(3):
-            torch.zeros(500).add_(1)
-        kept[:10].add_(1)
-    assert alive.peak == 4 * 1500

@@ -33,8 +33,8 @@ from ds_childtune.child import mask_kernels
 from ds_childtune.zero.engine import base_optimizer
 from tests.support.engines import engine_of, master_weights, model_weights, train_step
 from tests.support.models import Batch, batches, deal
+from tests.support.places import GLOBAL_BATCH, Place, State, setup_of
 from tests.support.ranks import _set_environment
-from tests.test_elastic import GLOBAL_BATCH, Place, State, setup_of
 
 PRELOADED = ["tests.support.lives", "torch._inductor.compile_fx", "deepspeed.module_inject"]
 """What ranks find imported: without the last two, each would import them in its first step."""
