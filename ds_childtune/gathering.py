@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -25,12 +25,19 @@ def gather(name: str, shape: torch.Size, values: Iterable[tuple[Fragment, Tensor
     return whole.view(shape)
 
 
-def count_kept(names: Sequence[str], masks: Iterable[tuple[Fragment, Tensor]]) -> list[int]:
-    """For each of `names`, how many of its eligible elements are True in the masks."""
-    position = {name: i for i, name in enumerate(names)}
-    kept = torch.zeros(len(position), dtype=torch.int64, device=device())
-    for fragment, mask in masks:
+class KeptCounts:
+    """For each parameter, how many of its eligible elements are inside a child."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._position = {name: i for i, name in enumerate(names)}
+        self._kept = torch.zeros(len(self._position), dtype=torch.int64, device=device())
+
+    def add(self, fragment: Fragment, mask: Tensor) -> None:
+        """Count a fragment of this rank. `mask`: bool 1-D of its size, True = inside."""
         if fragment.counted and fragment.eligible:
-            kept[position[fragment.name]] += mask.sum().to(kept.device)
-    sum_over_ranks(kept)
-    return kept.tolist()
+            self._kept[self._position[fragment.name]] += mask.sum().to(self._kept.device)
+
+    def over_ranks(self) -> list[int]:
+        """One count for each name, in their order. A collective."""
+        sum_over_ranks(self._kept)
+        return self._kept.tolist()

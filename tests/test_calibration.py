@@ -109,7 +109,7 @@ def train(engine: Any, items: list[Batch]) -> None:
 def fisher_of(engine: Any, items: list[Batch], block: dict[str, Any] | None = None) -> Weights:
     child = ds_childtune.attach(engine, block or EVERYTHING)
     fisher = child.estimate_fisher(items)
-    found = {p: child.gather_fisher(fisher, p) for p in child._parameters.by_name}
+    found = {p: child.gather_fisher(fisher, p) for p in child.attachment.parameters.by_name}
     child.detach()
     return found
 
@@ -304,7 +304,7 @@ def fisher_with_a_loss_scale(setup: Setup, estimator: str, scale: float) -> tupl
     ):
         child = ds_childtune.attach(engine, EVERYTHING | {"fisher": {"estimator": estimator}})
         fisher = child.estimate_fisher(batches_of(dist.get_rank(), 8))
-        found = {name: child.gather_fisher(fisher, name) for name in child._parameters.by_name}
+        found = {name: child.gather_fisher(fisher, name) for name in child.attachment.parameters.by_name}
         child.detach()
         return found, fisher.terms
 
@@ -489,7 +489,7 @@ def pass_of_a_sparse_model(include: list[str]) -> tuple[Weights, bool]:
         block = EVERYTHING | {"include": include, "fisher": {"model_mode": "train"}}
         child = ds_childtune.attach(engine, block)
         fisher = child.estimate_fisher(batches_of(dist.get_rank(), 2))
-        found = {name: child.gather_fisher(fisher, name) for name in sorted(child._eligible)}
+        found = {name: child.gather_fisher(fisher, name) for name in sorted(child.attachment.eligible)}
         child.detach()
         assert not torch.equal(changed[-1], buffers["norm.running_mean"][1]), "vacuous: the pass changes no buffer"
         now = dict(engine.module.named_buffers())

@@ -19,6 +19,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 import ds_childtune
+from ds_childtune.checkpoint.run_record import Progress
 from ds_childtune.zero.engine import base_optimizer
 from tests.support.engines import Setup, Weights, engine_of, model_weights, on_device, train_step
 from tests.support.models import batches, build, deal
@@ -185,7 +186,8 @@ def copies(stage: int, config: dict[str, Any]) -> tuple[str, bool]:
             twins += [copied(engine)] if twins else []
             ends.append(model_weights(engine))
             # As if a step had not come by.
-            child.step, child._steps_at_attach = 0, -1
+            child._hooks.adopt(Progress())
+            child._hooks._steps_at_start = -1
             twins += [copied(engine)] if twins else []
             try:
                 train_step(engine, mine(1, seed=2))

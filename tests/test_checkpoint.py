@@ -57,7 +57,9 @@ def loaded_over_a_child(setup: Setup, folder: str, fails: bool) -> tuple[list[bo
                 lps = optimizer.fp16_partitioned_groups_flat
             else:
                 lps = [partitions[dist.get_rank()] for partitions in optimizer.parallel_partitioned_bit16_groups]
-            seen.extend(s.tensor.data_ptr() == lp.data_ptr() for s, lp in zip(child._shards, lps, strict=True))
+            seen.extend(
+                s.tensor.data_ptr() == lp.data_ptr() for s, lp in zip(child.attachment.shards, lps, strict=True)
+            )
             seen.append(not any(base_optimizer(engine).state.values()))
             if fails:
                 raise OSError("the disk is gone")
@@ -72,7 +74,7 @@ def loaded_over_a_child(setup: Setup, folder: str, fails: bool) -> tuple[list[bo
         before = master_weights(engine)
         train(engine, setup, 1, 3)
         after = master_weights(engine)
-        dense = all(s.tensor.dtype == torch.float32 for s in child._shards)
+        dense = all(s.tensor.dtype == torch.float32 for s in child.attachment.shards)
         return seen, dense, any(not torch.equal(w, after[n]) for n, w in before.items())
 
 

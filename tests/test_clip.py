@@ -49,7 +49,7 @@ def run(setup: Setup, optimizer_state: str, clip: str | None) -> Run:
             norm = engine.get_global_grad_norm()
             norms.append(None if norm is None else float(norm))
         masks = {p.name: child.gather_mask(p.name) for p in report.parameters}
-        run = Run(start, master_weights(engine), norms, masks, getattr(child._policy, "depth", "dense"))
+        run = Run(start, master_weights(engine), norms, masks, getattr(child._hooks.child, "depth", "dense"))
         child.detach()
     return run
 

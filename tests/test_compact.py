@@ -86,7 +86,7 @@ def saved_wide(setup: Setup, folder: str, wide: bool, loads: bool) -> tuple[Weig
                 child.select()
                 train_step(engine, share(setup, 0, 2))
                 engine.save_checkpoint(folder)
-            assert {s.index.dtype for s in child._policy.shards.values()} == {torch.int64 if wide else torch.int32}
+            assert {s.index.dtype for s in child._hooks.child.shards.values()} == {torch.int64 if wide else torch.int32}
             masks = {p.name: child.gather_mask(p.name) for p in child.report().parameters}
             return master_weights(engine), masks
     finally:

@@ -254,7 +254,7 @@ def peak_of_a_load(setup: Setup, folder: str) -> tuple[int, int, bool]:
         before = master_weights(engine)
         with Alive(torch.is_floating_point) as alive:  # random states are larger than the model
             engine.load_checkpoint(folder)
-        masters = sum(shard.tensor.nbytes for shard in child._shards)
+        masters = sum(shard.tensor.nbytes for shard in child.attachment.shards)
         return alive.peak, masters, not equal_bits(before, master_weights(engine))
 
 

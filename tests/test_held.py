@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import ds_childtune
-from ds_childtune import tuner
+from ds_childtune import step_hooks
 from tests.support import reference
 from tests.support.engines import Setup, Weights, engine_of, master_weights, model_weights, train_step
 from tests.support.models import batches, build, deal
@@ -80,7 +80,7 @@ def train_a_part(setup: Setup, block: dict[str, Any], folder: str, came: str | N
         after = model_weights(engine)
         engine.save_checkpoint(folder)
         outside = sum(int(((w != before[n]) & ~masks[n]).sum()) for n, w in after.items())
-        return Part(report, masks, moved(before, after), outside, child._eligibility())
+        return Part(report, masks, moved(before, after), outside, str(child.attachment))
 
 
 @pytest.mark.parametrize("kind", ["D", "D-compact"])
@@ -295,7 +295,7 @@ def thawed_after_initialize(setup: Setup, block: dict[str, Any], folder: str) ->
         child = ds_childtune.attach(engine, block)
         child.select(share(4, seed=1000))
         chapter(engine, child, 1)
-        with mock.patch.object(tuner, "tell", told.append):
+        with mock.patch.object(step_hooks, "tell", told.append):
             chapter(engine, child, 1)
             freeze(engine, False)
             chapter(engine, child, 2)
@@ -304,7 +304,7 @@ def thawed_after_initialize(setup: Setup, block: dict[str, Any], folder: str) ->
         child = ds_childtune.attach(engine, block)
         child.select(share(4, seed=1001))
         engine.save_checkpoint(folder, tag="again")
-        return told, child._eligibility(), chapter(engine, child, 3)
+        return told, str(child.attachment), chapter(engine, child, 3)
     finally:
         engine.destroy()
 

@@ -44,14 +44,14 @@ def sizes(bf16: bool) -> list[tuple[bool, int]]:
         optimizer = engine.optimizer
         child = ds_childtune.attach(engine, COMPACT)
         for step in range(2):
-            flats = [s.tensor for s in child._shards]
+            flats = [s.tensor for s in child.attachment.shards]
             pairs = zip(flats, optimizer.fp16_partitioned_groups_flat, strict=True)
             found.append(
                 (all(a.data_ptr() == b.data_ptr() for a, b in pairs), optimizer.grad_partitions_flat_buffer.numel())
             )
             if step == 0:
                 child.select(share(1000, 4))
-        found.append((True, sum(s.tensor.numel() for s in child._policy.shards.values())))  # type: ignore[union-attr]
+        found.append((True, sum(s.tensor.numel() for s in child._hooks.child.shards.values())))  # type: ignore[union-attr]
     return found
 
 

@@ -322,7 +322,7 @@ def checked(setup: Setup, block: dict[str, Any], steps: int, spoil: str | None) 
         child.select(share(1000, 4))
         before = model_weights(engine)
         base = getattr(engine.optimizer, "optimizer", engine.optimizer)
-        shards = [s.tensor for s in child._shards]
+        shards = [s.tensor for s in child.attachment.shards]
         kept: dict[int, Tensor] = {}
 
         def keep(*_: Any) -> None:
@@ -340,9 +340,9 @@ def checked(setup: Setup, block: dict[str, Any], steps: int, spoil: str | None) 
         # Torch calls hooks in order; the child's own come first.
         if spoil == "restored":
             base.register_step_pre_hook(keep)
-            child._handles.insert(0, hook_before_ours(base, restore))
+            child._hooks._handles.insert(0, hook_before_ours(base, restore))
         elif spoil is not None:
-            child._handles.insert(0, hook_before_ours(base, drift))
+            child._hooks._handles.insert(0, hook_before_ours(base, drift))
         said = ""
         try:
             for step in range(steps):

@@ -81,7 +81,7 @@ def read(setup: Setup, optimizer_state: str, folder: str) -> Read:
         child = attached(engine, setup, optimizer_state)
         masks = {p.name: child.gather_mask(p.name) for p in child.report().parameters}
         train(engine, setup, 0, 3)
-        result = Read(getattr(child._policy, "depth", "dense"), masks, engine.get_lr())
+        result = Read(getattr(child._hooks.child, "depth", "dense"), masks, engine.get_lr())
         trainable = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
 
         def note(name: str, function: Callable[[Any], Tensor | None]) -> None:

@@ -194,7 +194,7 @@ def saving(folder: str) -> None:
         assert engine.save_checkpoint(folder, tag="step100")
         refused("client_state can be pickled", engine.save_checkpoint, folder, "bad", client_state={"no": lambda: 0})
         assert engine.save_checkpoint(folder, "good", client_state={"yes": 1})
-        policy: Any = child._policy
+        policy: Any = child._hooks.child
         counters = policy.optimizer.state[next(iter(policy.shards.values())).tensor]
         counters["scale"] = torch.tensor(float("nan"))  # as Adafactor's of a shard without elements
         refused('Remedy: use optimizer_state "dense"', engine.save_checkpoint, folder, "lost")

@@ -65,7 +65,7 @@ def run(setup: Setup) -> Run:
             for batches_of_step in steps(setup, number):
                 train_step(engine, share(batches_of_step))
             weights.append(master_weights(engine))
-        depth = child._policy.depth  # type: ignore[union-attr]
+        depth = child._hooks.child.depth  # type: ignore[union-attr]
         child.detach()
     return Run(depth, weights, masks, moments)
 

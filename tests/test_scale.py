@@ -220,8 +220,8 @@ def masks_alive_in_a_report(family: str) -> tuple[int, int]:
         child = ds_childtune.attach(engine, {"mode": "ChildTuning-F", "reserve_p": 0.3})
         made: list[weakref.ref[torch.Tensor]] = []
         most = 0
-        policy: Any = child._policy
-        make = policy.mask
+        policy: Any = child._hooks.child
+        make = policy.child_mask
 
         def counted(*args: Any) -> torch.Tensor:
             nonlocal most
@@ -230,7 +230,7 @@ def masks_alive_in_a_report(family: str) -> tuple[int, int]:
             most = max(most, sum(ref() is not None for ref in made))
             return mask
 
-        policy.mask = counted
+        policy.child_mask = counted
         kept = child.report().kept
         assert kept > 0
         return len(made), most

@@ -6,19 +6,19 @@ them, need not know.
 
 from __future__ import annotations
 
-from ds_childtune.attachment import Attached
+from ds_childtune.attachment import Attachment
+from ds_childtune.checkpoint.hooks import Hooks
 from ds_childtune.checkpoint.load import CheckpointLoader
 from ds_childtune.checkpoint.save import CheckpointSaver
-from ds_childtune.checkpoint.state import ReadState, Resume
 
 
 class Checkpoints:
     """The two methods, on one engine, until `remove`."""
 
-    def __init__(self, attached: Attached, read: ReadState, resume: Resume) -> None:
-        self._engine = engine = attached.engine
-        engine.save_checkpoint = CheckpointSaver(attached, read, engine.save_checkpoint).save
-        engine.load_checkpoint = CheckpointLoader(attached, read, resume, engine.load_checkpoint).load
+    def __init__(self, attachment: Attachment, hooks: Hooks) -> None:
+        self._engine = engine = attachment.engine
+        engine.save_checkpoint = CheckpointSaver(attachment, hooks, engine.save_checkpoint).save
+        engine.load_checkpoint = CheckpointLoader(attachment, hooks, engine.load_checkpoint).load
 
     def remove(self) -> None:
         """Give the engine its own methods back."""

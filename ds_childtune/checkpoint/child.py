@@ -25,9 +25,7 @@ from torch import Tensor
 
 from ds_childtune.child.base_optimizer import counter_device, per_element
 from ds_childtune.child.child_shard import ChildShard, index_dtype, put_
-from ds_childtune.child.compact import CompactChild
-from ds_childtune.child.dense import DenseChild
-from ds_childtune.child.task_free import TaskFreeChild
+from ds_childtune.child.network import ChildNetwork
 from ds_childtune.child_files.format import DTYPES, ChildFileError, ParameterEntry, Piece
 from ds_childtune.child_files.holders import Run
 from ds_childtune.child_files.reader import Child
@@ -53,18 +51,13 @@ def parameter_entries(
     return tuple(ParameterEntry(n, tuple(shape), dtype_name, n in names) for n, shape in shapes.items())
 
 
-def stored_fragments(
-    child: TaskFreeChild | DenseChild | CompactChild | None, shards: Sequence[FlatShard]
-) -> list[tuple[FlatShard, Fragment]]:
-    """The fragments that this child has pieces of: none for ChildTuning-F, every one with compact state."""
-    if child is None or isinstance(child, TaskFreeChild):
-        return []
-    whole = isinstance(child, CompactChild)
-    return [(s, f) for s in shards for f in (s.fragments if whole else s.eligible)]
+def stored_fragments(child: ChildNetwork, shards: Sequence[FlatShard]) -> list[tuple[FlatShard, Fragment]]:
+    """The fragments that a fixed child has pieces of: every one with compact state, else those that are eligible."""
+    return [(s, f) for s in shards for f in (s.fragments if s.tensor in child.shards else s.eligible)]
 
 
 def pieces(
-    child: DenseChild | CompactChild, fragments: Iterable[tuple[FlatShard, Fragment]], keys: Mapping[str, torch.dtype]
+    child: ChildNetwork, fragments: Iterable[tuple[FlatShard, Fragment]], keys: Mapping[str, torch.dtype]
 ) -> Iterator[Piece]:
     """One piece for each of the fragments.
 
@@ -72,15 +65,15 @@ def pieces(
         keys: moments of any rank's base optimizer; all pieces have the same tensors, zeros where a shard was never stepped.
     """
     for shard, fragment in fragments:
-        if isinstance(child, DenseChild):
-            yield Piece.of(fragment.name, fragment.param_start, child.mask(shard.tensor, fragment))
+        if shard.tensor in child.shards:
+            yield _compact_piece(child.optimizer, child.shards[shard.tensor], fragment, keys)
         else:
-            yield _compact_piece(child, child.shards[shard.tensor], fragment, keys)
+            yield Piece.of(fragment.name, fragment.param_start, child.child_mask(shard, fragment, step=0))
 
 
-def moment_keys(child: TaskFreeChild | DenseChild | CompactChild | None) -> dict[str, torch.dtype]:
+def moment_keys(child: ChildNetwork | None) -> dict[str, torch.dtype]:
     """The per-element entries of a compact child's optimizer state on this rank."""
-    if not isinstance(child, CompactChild):
+    if child is None:
         return {}
     return {
         key: value.dtype
@@ -91,11 +84,11 @@ def moment_keys(child: TaskFreeChild | DenseChild | CompactChild | None) -> dict
 
 
 def _compact_piece(
-    child: CompactChild, shard: ChildShard, fragment: Fragment, keys: Mapping[str, torch.dtype]
+    optimizer: torch.optim.Optimizer, shard: ChildShard, fragment: Fragment, keys: Mapping[str, torch.dtype]
 ) -> Piece:
     first, last = shard.span(fragment.shard_start, fragment.numel)
     index = (shard.index[first:last] - fragment.shard_start).to(index_dtype(fragment.numel))
-    state = child.optimizer.state.get(shard.tensor, {})
+    state = optimizer.state.get(shard.tensor, {})
     moments = {
         _STATE + key: state[key][first:last] if key in state else torch.zeros(last - first, dtype=dtype)
         for key, dtype in keys.items()
@@ -127,9 +120,9 @@ def _number(key: str, value: Any, shard: ChildShard) -> Iterator[tuple[str, int 
 
 
 @contextmanager
-def hidden_state(child: TaskFreeChild | DenseChild | CompactChild | None) -> Iterator[None]:
+def hidden_state(child: ChildNetwork | None) -> Iterator[None]:
     """Take a compact child's state out of the base optimizer, whose state dict cannot name what is in no param group."""
-    if not isinstance(child, CompactChild):
+    if child is None:
         yield
         return
     state = child.optimizer.state
@@ -223,7 +216,7 @@ def _runs(fragments: Iterable[Fragment]) -> list[Run]:
     return [Run(f.name, f.param_start, f.param_start + f.numel) for f in fragments]
 
 
-def read_compact(child: Child, compact: CompactChild) -> None:
+def read_compact(child: Child, compact: ChildNetwork) -> None:
     """The child's fp32 weights and the base optimizer's state, into child shards. Raises ChildFileError."""
     for shard in compact.shards.values():
         state: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from deepspeed import comm as dist
 
-from ds_childtune.attachment import Attached
+from ds_childtune.attachment import Attachment
 from ds_childtune.checkpoint import tag_folder
 from ds_childtune.checkpoint.child import (
     KIND,
@@ -20,10 +20,9 @@ from ds_childtune.checkpoint.child import (
     read_compact,
     read_masks,
 )
+from ds_childtune.checkpoint.hooks import Hooks
 from ds_childtune.checkpoint.rank_file import read_layout, restore_random_states
-from ds_childtune.checkpoint.run_record import Progress, RunRecord
-from ds_childtune.checkpoint.state import ReadState, Resume, Resumed
-from ds_childtune.child.compact import CompactChild
+from ds_childtune.checkpoint.run_record import RunRecord
 from ds_childtune.child_files.format import ChildFileError
 from ds_childtune.child_files.holders import Run, ranks_with
 from ds_childtune.child_files.reader import Child, open_child, read_manifest
@@ -45,14 +44,13 @@ from ds_childtune.zero.lean_start import restore_dense
 class CheckpointLoader:
     """`load`, in the engine's place."""
 
-    def __init__(self, attached: Attached, read: ReadState, resume: Resume, load: Callable[..., Any]) -> None:
+    def __init__(self, attachment: Attachment, hooks: Hooks, load: Callable[..., Any]) -> None:
         """
         Args:
             load: the engine's own `load_checkpoint`.
         """
-        self._attached = attached
-        self._read = read
-        self._resume = resume
+        self._attachment = attachment
+        self._hooks = hooks
         self._load = load
 
     def load(
@@ -76,13 +74,13 @@ class CheckpointLoader:
             NotImplementedError: on every rank, for a universal checkpoint, or where DeepSpeed would load nothing without a word.
         """
         with raising_together():
-            refuse_universal(self._attached.engine)
+            refuse_universal(self._attachment.engine)
         folder = Path(load_dir)
         name, carried = self._tag(folder, tag)
         weights_alone = load_module_only or not load_optimizer_states
 
         def load_as_deepspeed_does() -> tuple[str | None, Any]:
-            engine = self._attached.engine
+            engine = self._attachment.engine
             with (
                 keeping_load_errors(engine) as errors,
                 without_empty_states(engine),
@@ -115,17 +113,17 @@ class CheckpointLoader:
                 tell(f"ds_childtune: {load_dir} {name}: loading DeepSpeed's part alone, without a child")
                 if not weights_alone:
                     # Masters and moments of the checkpoint want shards of their own dtype to lie in, not views of 16-bit weights.
-                    restore_dense(self._attached.engine.optimizer)
+                    restore_dense(self._attachment.engine.optimizer)
                 loaded = load_as_deepspeed_does()
-            self._resume(Resumed(self._read().progress, None))
+            self._hooks.adopt(self._hooks.progress)
             return loaded
 
         child, record = self._opened(folder, name)
         with raising_together():
-            check_config(child, self._attached.config)
-            check_model(child, self._attached.parameters.shapes, self._attached.stored_names(chosen=record.chosen))
+            check_config(child, self._attachment.config)
+            check_model(child, self._attachment.parameters.shapes, self._attachment.stored_names(chosen=record.chosen))
             self._check_precision(record, folder / name)
-        mine = saved_shards(self._attached.engine, self._attached.shards, dist.get_rank())
+        mine = saved_shards(self._attachment.engine, self._attachment.shards, dist.get_rank())
         here = folder / name
         same_shape = self._is_same_shape(child, record, mine)
         masks: SavedMasks | None = None
@@ -136,12 +134,15 @@ class CheckpointLoader:
                 path = str(here)
                 client_state = self._load_elsewhere(here, child, record, mine, load_lr_scheduler_states)
             with raising_together():
-                if record.chosen and self._attached.config.mode == "ChildTuning-D":
-                    masks = read_masks(child, self._attached.shards)
-        policy = self._resume(Resumed(record.progress, masks))
+                if record.chosen and self._attachment.config.mode == "ChildTuning-D":
+                    masks = read_masks(child, self._attachment.shards)
+        self._hooks.adopt(record.progress)
+        if masks is not None:
+            self._hooks.fix(masks)
+        trained = self._hooks.child
         with raising_together():
-            if isinstance(policy, CompactChild):
-                read_compact(child, policy)
+            if trained is not None:
+                read_compact(child, trained)
             if record.world_size == dist.get_world_size():
                 restore_random_states(child.folder / record.ranks[dist.get_rank()].name)
         return path, client_state
@@ -152,17 +153,17 @@ class CheckpointLoader:
 
         Dense masters and moments are there if the checkpoint has such; for a compact child, whose own it has, nothing becomes dense.
         """
-        compact = record.chosen and self._attached.config.optimizer_state == "compact"
-        before = self._read().policy
-        with raising_together():  # dense masters may not fit on one rank alone
-            self._resume(Resumed(Progress(), None, another_follows=compact))
+        compact = record.chosen and self._attachment.config.optimizer_state == "compact"
+        before = self._hooks.child
+        with raising_together():  # dense masters may not fit on one rank only
+            self._hooks.forget(another_follows=compact)
             if not compact:
-                restore_dense(self._attached.engine.optimizer)
+                restore_dense(self._attachment.engine.optimizer)
         try:
             yield
         except BaseException:
-            if compact and isinstance(before, CompactChild) and before.plumbing is not None:
-                before.plumbing.restore_dense(list(before.shards.values()))
+            if compact and before is not None:
+                before.restore_dense()
             raise
 
     def _tag(self, load_dir: Path, tag: object) -> tuple[str | None, bool]:
@@ -190,7 +191,7 @@ class CheckpointLoader:
 
     def _check_no_fixed_child(self, load_dir: str, weights_alone: bool) -> None:
         with raising_together():
-            if self._attached.config.mode == "ChildTuning-D" and self._read().policy is not None:
+            if self._attachment.config.mode == "ChildTuning-D" and self._hooks.child is not None:
                 why = "weights alone are loaded" if weights_alone else "the checkpoint has no child"
                 raise RuntimeError(
                     f"load_checkpoint: expected a checkpoint with a child, as this engine has one, but {why} from {load_dir}."
@@ -223,16 +224,16 @@ class CheckpointLoader:
         """Of a checkpoint with a child, the weights alone. See `zero.elastic.load_weights`."""
         child, record = self._opened(folder, name)
         with raising_together():
-            check_shapes(child, self._attached.parameters.shapes, strict=strict)
+            check_shapes(child, self._attachment.parameters.shapes, strict=strict)
         tell(f"ds_childtune: {folder} {name}: loading weights alone, without the child")
         with raising_together():
             run, layout = self._saved_run(folder / name, child, record)
         client_state = load_weights(
-            self._attached.engine,
+            self._attachment.engine,
             run,
             layout,
-            self._attached.shards,
-            self._attached.parameters,
+            self._attachment.shards,
+            self._attachment.parameters,
             progress=not module_only,
             load_lr_scheduler_states=load_lr_scheduler_states,
         )
@@ -240,7 +241,7 @@ class CheckpointLoader:
 
     def _check_that_deepspeed_loads(self, folder: Path, name: str, weights_alone: bool, module_only: bool) -> None:
         """Raise NotImplementedError where plain DeepSpeed would load nothing, or something else, without a word."""
-        if not weights_alone or kind_of(self._attached.engine) != ZERO_3:
+        if not weights_alone or kind_of(self._attachment.engine) != ZERO_3:
             return
         if module_only:
             raise NotImplementedError(
@@ -260,7 +261,7 @@ class CheckpointLoader:
         ranks = self._ranks_with_mine(child, record)
         layout = Layout(s for rank in ranks for s in read_layout(child.folder / record.ranks[rank].name))
         run = SavedRun(here, record.optimizer, {(file.what, file.rank): file.name for file in record.deepspeed})
-        check_values(run, layout, self._attached.shards)
+        check_values(run, layout, self._attachment.shards)
         return run, layout
 
     def _ranks_with_mine(self, child: Child, record: RunRecord) -> list[int]:
@@ -277,15 +278,15 @@ class CheckpointLoader:
 
     def _mine(self) -> Iterator[Run]:
         """The elements that this rank will load: those of its flat shards, and of frozen parameters, which may have trained before."""
-        for shard in self._attached.shards:
+        for shard in self._attachment.shards:
             for fragment in shard.fragments:
                 yield Run(fragment.name, fragment.param_start, fragment.param_start + fragment.numel)
-        for name, shape in self._attached.parameters.shapes.items():
-            if name not in self._attached.parameters.by_name:
-                yield Run(name, *local_part(self._attached.engine.module.get_parameter(name), shape.numel()))
+        for name, shape in self._attachment.parameters.shapes.items():
+            if name not in self._attachment.parameters.by_name:
+                yield Run(name, *local_part(self._attachment.engine.module.get_parameter(name), shape.numel()))
 
     def _check_precision(self, record: RunRecord, here: Path) -> None:
-        precision = self._attached.precision
+        precision = self._attachment.precision
         if record.precision != precision:
             raise ValueError(
                 f"load_checkpoint: {here}: expected a model in {record.precision}, as in the checkpoint, got {precision}."
@@ -296,7 +297,7 @@ class CheckpointLoader:
         """Whether every rank finds its own flat shards in the files of its own name. A collective."""
         rank = dist.get_rank()
         same = record.world_size == dist.get_world_size()
-        same = same and record.optimizer == kind_of(self._attached.engine)
+        same = same and record.optimizer == kind_of(self._attachment.engine)
         with raising_together():
             same = same and read_layout(child.folder / record.ranks[rank].name) == tuple(mine)
         return true_on_all(same)
@@ -306,13 +307,13 @@ class CheckpointLoader:
     ) -> dict[str, Any]:
         with raising_together():
             run, layout = self._saved_run(here, child, record)
-            check_elsewhere(self._attached.engine, run, layout, self._attached.shards)
+            check_elsewhere(self._attachment.engine, run, layout, self._attachment.shards)
         return load_elsewhere(
-            self._attached.engine,
+            self._attachment.engine,
             run,
             layout,
-            self._attached.shards,
+            self._attachment.shards,
             mine,
-            self._attached.parameters,
+            self._attachment.parameters,
             load_lr_scheduler_states=load_lr_scheduler_states,
         )

@@ -12,15 +12,13 @@ from typing import Any
 from deepspeed import comm as dist
 
 from ds_childtune._version import __version__
-from ds_childtune.attachment import Attached
+from ds_childtune.attachment import Attachment
 from ds_childtune.checkpoint import tag_folder
 from ds_childtune.checkpoint.child import KIND, hidden_state, moment_keys, parameter_entries, pieces, stored_fragments
+from ds_childtune.checkpoint.hooks import Hooks
 from ds_childtune.checkpoint.rank_file import write_rank_file
 from ds_childtune.checkpoint.run_record import DeepSpeedFile, RunRecord
-from ds_childtune.checkpoint.state import ChildState, ReadState
 from ds_childtune.child.base_optimizer import share_counters
-from ds_childtune.child.compact import CompactChild
-from ds_childtune.child.dense import DenseChild
 from ds_childtune.child_files.atomic import explained, new_folder, sync_folder
 from ds_childtune.child_files.format import FileEntry, Manifest, sealed
 from ds_childtune.child_files.holders import Holders
@@ -52,13 +50,13 @@ class _Written:
 class CheckpointSaver:
     """`save`, in the engine's place."""
 
-    def __init__(self, attached: Attached, read: ReadState, save: Callable[..., Any]) -> None:
+    def __init__(self, attachment: Attachment, hooks: Hooks, save: Callable[..., Any]) -> None:
         """
         Args:
             save: the engine's own `save_checkpoint`.
         """
-        self._attached = attached
-        self._read = read
+        self._attachment = attachment
+        self._hooks = hooks
         self._save = save
 
     def save(
@@ -75,7 +73,7 @@ class CheckpointSaver:
             RuntimeError: on every rank, when a rank cannot write. Training can go on, and older checkpoints are as they were.
             ValueError, NotImplementedError: on every rank, for a wrong argument or a way of saving that is not supported.
         """
-        engine = self._attached.engine
+        engine = self._attachment.engine
         with raising_together():
             if not save_dir:
                 raise ValueError(
@@ -108,7 +106,7 @@ class CheckpointSaver:
 
     def _check_unchanged(self) -> None:
         """Raise RuntimeError when the model or the optimizer is no longer what `attach` saw."""
-        changed = changed_parameters(self._attached.engine, self._attached.parameters)
+        changed = changed_parameters(self._attachment.engine, self._attachment.parameters)
         if changed:
             raise RuntimeError(
                 f"save_checkpoint: expected the parameters that were there at attach, got changes in {', '.join(changed[:4])}"
@@ -117,14 +115,14 @@ class CheckpointSaver:
 
     def _write(self, folder: Path, name: str, client_state: dict[str, Any], exclude_frozen: bool) -> None:
         """Everything into the partial folder, on disk."""
-        engine, state = self._attached.engine, self._read()
+        engine, child = self._attachment.engine, self._hooks.child
         partial = tag_folder.partial_tag(name)
         rank = dist.get_rank()
         with ExitStack() as made_ready:
             with raising_together():  # copies of masters may not fit on one rank alone
-                self._share_counters(state)
-                made_ready.enter_context(dense_masters(engine, self._attached.shards))
-                made_ready.enter_context(hidden_state(state.policy))
+                self._share_counters()
+                made_ready.enter_context(dense_masters(engine, self._attachment.shards))
+                made_ready.enter_context(hidden_state(child))
             errors = made_ready.enter_context(keeping_save_errors(engine))
             try:
                 self._save(str(folder), partial, client_state, False, exclude_frozen)
@@ -132,10 +130,10 @@ class CheckpointSaver:
                 errors.append(error)
         raise_together(_explained(errors[0], folder / partial) if errors else None)
         holders = gather_holders(
-            {name: shape.numel() for name, shape in self._attached.parameters.shapes.items()},
-            [(f.name, f.param_start, f.numel) for s in self._attached.shards for f in s.fragments if f.counted],
+            {name: shape.numel() for name, shape in self._attachment.parameters.shapes.items()},
+            [(f.name, f.param_start, f.numel) for s in self._attachment.shards for f in s.fragments if f.counted],
         )
-        keys = {k: v for found in gather_objects(moment_keys(state.policy)) for k, v in found.items()}
+        keys = {k: v for found in gather_objects(moment_keys(child)) for k, v in found.items()}
         with raising_together():
             own = folder / partial / tag_folder.CHILD
             new_folder(own)
@@ -143,42 +141,45 @@ class CheckpointSaver:
             for what, path in written_files(engine, str(folder), partial).items():
                 tag_folder.sync_file(path)
                 files.append(DeepSpeedFile.of(path, rank, what))
-            layout = saved_shards(engine, self._attached.shards, rank)
+            layout = saved_shards(engine, self._attachment.shards, rank)
             rank_file = write_rank_file(own, rank, read_random_states(), layout)
             entry = None
-            if isinstance(state.policy, (DenseChild, CompactChild)):
-                fragments = [(s, f) for s, f in stored_fragments(state.policy, self._attached.shards) if f.counted]
-                entry = write_pieces(own, rank, pieces(state.policy, fragments, keys))
+            if child is not None and child.fixed:
+                fragments = [(s, f) for s, f in stored_fragments(child, self._attachment.shards) if f.counted]
+                entry = write_pieces(own, rank, pieces(child, fragments, keys))
         everyone = gather_objects(_Written(tuple(files), rank_file, entry))
         with raising_together():
             if rank == 0:
-                commit(own, self._manifest(state, everyone, holders))
+                commit(own, self._manifest(everyone, holders))
                 sync_folder(folder / partial)
 
-    def _share_counters(self, state: ChildState) -> None:
+    def _share_counters(self) -> None:
         """So that the checkpoint can be taken apart: see [Note: one counter for a group]."""
-        if isinstance(state.policy, CompactChild):
-            state.policy.share_counters()
+        if self._hooks.child is not None:
+            self._hooks.child.share_counters()
         else:
-            base = base_optimizer(self._attached.engine)
+            base = base_optimizer(self._attachment.engine)
             share_counters(base, [group["params"] for group in base.param_groups])
 
-    def _manifest(self, state: ChildState, everyone: Sequence[_Written], holders: Holders | None) -> Manifest:
+    def _manifest(self, everyone: Sequence[_Written], holders: Holders | None) -> Manifest:
+        chosen = self._hooks.child is not None
         record = RunRecord(
-            progress=state.progress,
-            chosen=state.policy is not None,
+            progress=self._hooks.progress,
+            chosen=chosen,
             world_size=dist.get_world_size(),
-            optimizer=kind_of(self._attached.engine),
-            precision=self._attached.precision,
+            optimizer=kind_of(self._attachment.engine),
+            precision=self._attachment.precision,
             ranks=tuple(w.rank_file for w in everyone),
             deepspeed=tuple(file for w in everyone for file in w.deepspeed),
         )
-        stored = self._attached.stored_names(chosen=state.policy is not None)
+        stored = self._attachment.stored_names(chosen=chosen)
         manifest = Manifest(
             library=__version__,
             kind=KIND,
-            config=self._attached.config.model_dump(mode="json"),
-            parameters=parameter_entries(self._attached.parameters.shapes, stored, model_dtype(self._attached.engine)),
+            config=self._attachment.config.model_dump(mode="json"),
+            parameters=parameter_entries(
+                self._attachment.parameters.shapes, stored, model_dtype(self._attachment.engine)
+            ),
             files=tuple(w.pieces for w in everyone if w.pieces is not None),
             extra=asdict(record),
         )

@@ -23,16 +23,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ds_childtune.child.base_optimizer import counts_by_group, per_element, share_counters
 from ds_childtune.child.child_shard import ChildShard, put_
+from ds_childtune.child.network import Group, Stepped
 from ds_childtune.shards import FlatShard, Fragment
-
-Group = dict[str, Any]
 
 
 class DeepPlumbing(Protocol):
@@ -55,9 +54,11 @@ class DeepPlumbing(Protocol):
 class CompactChild:
     """ChildTuning-D with moments for the child alone. See [Note: child shards]."""
 
+    fixed: ClassVar = True
+
     optimizer: torch.optim.Optimizer
-    shards: dict[Tensor, ChildShard]
-    """By flat shard."""
+    shards: Mapping[Tensor, ChildShard]
+    """By flat shard's tensor."""
     plumbing: DeepPlumbing | None = None
     """None at depth wrap."""
     rest_values: Mapping[str, float] = field(default_factory=dict)
@@ -102,14 +103,15 @@ class CompactChild:
                 at `rest_values`.
             rest_values: as the field.
         """
-        child = cls(optimizer, {}, plumbing, rest_values or {})
+        child_shards: dict[Tensor, ChildShard] = {}
+        child = cls(optimizer, child_shards, plumbing, rest_values or {})
         child._previous = previous
         if previous is None:
             share_counters(optimizer, [group["params"] for group in optimizer.param_groups])
         else:
             previous.share_counters()
         for flat, mask in zip(shards, masks, strict=True):
-            child.shards[flat.tensor] = shard = ChildShard.of(flat, mask)
+            child_shards[flat.tensor] = shard = ChildShard.of(flat, mask)
             before = None if previous is None else previous.shards[flat.tensor]
             child._carried[flat.tensor] = _carried(optimizer, shard, before, child.rest_values)
         return child
@@ -138,14 +140,11 @@ class CompactChild:
         """Whether DeepSpeed sees no other gradient than the child's."""
         return self.plumbing is not None and self.plumbing.norm_is_child
 
-    def shard_of(self) -> dict[Tensor, FlatShard]:
-        """The flat shard of every tensor that the base optimizer may be handed."""
-        return {t: s.flat for s in self.shards.values() for t in (s.flat.tensor, s.tensor)}
+    def before_step(self, optimizer: torch.optim.Optimizer, stepped: Sequence[Stepped], step: int) -> None:
+        for each in stepped:
+            self._before_group(optimizer, each.group, [self.shards[s.tensor] for s in each.shards])
 
-    def before_step(
-        self, optimizer: torch.optim.Optimizer, group: Group, shards: Sequence[FlatShard], step: int
-    ) -> None:
-        children = [self.shards[s.tensor] for s in shards]
+    def _before_group(self, optimizer: torch.optim.Optimizer, group: Group, children: list[ChildShard]) -> None:
         if self.plumbing is None:
             # Those without elements too, whose step counters go on as in the dense path; but DeepSpeed's kernel for many tensors
             # loses its place at an empty one on GPUs, and counts for the whole group anyway.
@@ -160,26 +159,26 @@ class CompactChild:
             for shard in children:
                 shard.scatter()
                 shard.tensor.grad = None
-        self.put_back()
+        self.recover()
 
-    def put_back(self) -> None:
-        """Param groups hold what they held before a step, which an exception may have left without `after_step`."""
+    def recover(self) -> None:
+        """Param groups hold what they held before a step."""
         for group, params, _, tensors in self._stepping:
             # DeepSpeed may have put something else there since.
             if group["params"] is tensors:
                 group["params"] = params
         self._stepping.clear()
 
-    def frozen(self, tensor: Tensor) -> Tensor | None:
-        """bool 1-D: True = outside the child; None where the whole flat shard is inside. Padding, which may be NaN, is neither."""
-        shard = self.shards[tensor]
-        if shard.index.numel() == tensor.numel():
+    def shard_mask(self, shard: FlatShard) -> Tensor | None:
+        """bool [shard.numel]: False = outside the child, which padding is not; None where the whole flat shard is trained."""
+        child = self.shards[shard.tensor]
+        if child.index.numel() == shard.numel:
             return None
-        outside = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
-        for fragment in shard.flat.fragments:
-            fragment.of(outside).fill_(True)
-        put_(outside, shard.index, torch.zeros_like(shard.index, dtype=torch.bool))
-        return outside
+        mask = torch.ones(shard.numel, dtype=torch.bool, device=shard.tensor.device)
+        for fragment in shard.fragments:
+            fragment.of(mask).fill_(False)
+        put_(mask, child.index, torch.ones_like(child.index, dtype=torch.bool))
+        return mask
 
     def weights_at(self, shard: FlatShard, index: Tensor) -> Tensor:
         """fp32: the weights at `index` of the flat shard; inside the child those of the child shard."""
@@ -201,29 +200,31 @@ class CompactChild:
         inside = gradient.index_select(0, places)
         put_(gradient.zero_(), places, inside)
 
-    def mask(self, tensor: Tensor, fragment: Fragment) -> Tensor:
+    def child_mask(self, shard: FlatShard, fragment: Fragment, step: int) -> Tensor:
         """bool [fragment.numel]: True = trained."""
-        shard = self.shards[tensor]
-        first, last = shard.span(fragment.shard_start, fragment.numel)
-        mask = torch.zeros(fragment.numel, dtype=torch.bool, device=tensor.device)
-        mask[shard.index[first:last].long() - fragment.shard_start] = True
+        child = self.shards[shard.tensor]
+        first, last = child.span(fragment.shard_start, fragment.numel)
+        mask = torch.zeros(fragment.numel, dtype=torch.bool, device=shard.tensor.device)
+        mask[child.index[first:last].long() - fragment.shard_start] = True
         return mask
 
     def share_counters(self) -> None:
         """See [Note: one counter for a group]. Without effect where DeepSpeed leaves param groups empty between steps."""
-        self.put_back()
+        self.recover()
         groups = [group["params"] for group in self.optimizer.param_groups]
         share_counters(self.optimizer, [[self.shards[t].tensor for t in group if t in self.shards] for group in groups])
 
-    def _make_dense(self) -> None:
+    def restore_dense(self) -> None:
+        """After `discard`, where no other child follows after all: DeepSpeed's flat shards, with the weights of the forward pass."""
         if self.plumbing is not None:
-            self.plumbing.remove()
             self.plumbing.restore_dense(list(self.shards.values()))
 
     def release(self) -> None:
         """Give the engine its dense flat shards back, and the optimizer its dense state, at `rest_values` outside the child."""
         self.share_counters()
-        self._make_dense()
+        if self.plumbing is not None:
+            self.plumbing.remove()
+        self.restore_dense()
         for flat, shard in self.shards.items():
             state = self.optimizer.state.pop(shard.tensor, None)
             if state:
@@ -232,11 +233,11 @@ class CompactChild:
                 }
 
     def discard(self) -> None:
-        """Let go of the child's masters and state, for a child that is loaded in its place; nothing becomes dense.
+        """Drop the child's masters and state, for a child that is loaded in its place; nothing becomes dense.
 
-        The forward pass sees the same weights. Where no other child follows after all, call `plumbing.restore_dense`.
+        The forward pass sees the same weights. Where no other child follows after all, call `restore_dense`.
         """
-        self.put_back()
+        self.recover()
         if self.plumbing is not None:
             self.plumbing.remove()
         for shard in self.shards.values():

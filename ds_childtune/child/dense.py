@@ -1,35 +1,47 @@
-"""What happens to a flat shard around the base optimizer's step. One class for each way of training a child."""
+"""ChildTuning-D with moments for every element: the base optimizer steps whole flat shards, with masked gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_childtune.child.base_optimizer import per_element
+from ds_childtune.child.base_optimizer import per_element, share_counters
+from ds_childtune.child.child_shard import ChildShard
+from ds_childtune.child.network import Group, Stepped
 from ds_childtune.child.optimizer_trial import Behaviour
 from ds_childtune.child.weight_decay import decay_gradient_, decay_weights_
 from ds_childtune.shards import FlatShard, Fragment
 
-Group = dict[str, Any]
-"""One of a torch optimizer's `param_groups`."""
 
+@dataclass(frozen=True)
+class _Decay:
+    """A param group's weight decay, which is zero for the length of a step."""
 
-@dataclass
-class _Restore:
     group: Group
     weight_decay: float
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A flat shard's weights before a step, where the optimizer moves what is outside the child."""
+
+    shard: FlatShard
+    mask: Tensor
+    weights: Tensor
+
+
 class DenseChild:
-    """ChildTuning-D with moments for every element: g <- 0 outside the child, and decay inside it alone.
+    """ChildTuning-D with moments for every element: g <- 0 outside the child, and weight decay only inside it.
 
     See [Note: decay inside the child]. Stale moments are cleared when the child is chosen, so that nothing outside it moves.
     Where that is not enough - see [Note: trying an optimizer] - what is outside the child is put back after each step.
     """
+
+    fixed = True
+    norm_is_child = False
 
     def __init__(
         self,
@@ -55,56 +67,69 @@ class DenseChild:
                 " got those of earlier steps, which outside the child would go on acting. Remedy: attach and select before the"
                 " first step, or use AdamW, SGD or Lion."
             )
+        self.shards: Mapping[Tensor, ChildShard] = {}
+        self.optimizer = optimizer
         self._behaviour = behaviour
         self._decay_outside = decay_outside
-        self._frozen: dict[Tensor, Tensor | None] = {}
-        """By flat shard: bool 1-D, True = outside the child; None where the whole shard is inside."""
-        outside = [~mask for mask in masks]
+        masks = list(masks)
         # The host waits once, not for each parameter, which at ZeRO 0 has a shard of its own.
-        found = torch.stack([o.any().to(outside[0].device) for o in outside]).tolist() if outside else []
-        for shard, frozen, some in zip(shards, outside, found, strict=True):
-            self._frozen[shard.tensor] = frozen if some else None
-        self._optimizer = optimizer
-        self._restore: list[_Restore] = []
-        self._still: list[tuple[FlatShard, Tensor, Tensor]] = []
-        """Flat shard, what is frozen, its weights before the step: where the optimizer moves those."""
+        whole = torch.stack([mask.all().to(masks[0].device) for mask in masks]).tolist() if masks else []
+        self._masks = {s.tensor: None if all_ else m for s, m, all_ in zip(shards, masks, whole, strict=True)}
+        """By flat shard: bool 1-D, True = trained; None where the whole shard is."""
+        self._decays: list[_Decay] = []
+        self._kept: list[_Kept] = []
 
-    def before_step(
-        self, optimizer: torch.optim.Optimizer, group: Group, shards: Sequence[FlatShard], step: int
-    ) -> None:
-        if all(self._frozen[s.tensor] is None for s in shards):
+    def recover(self) -> None:
+        """Weight decay as the group has it, and weights outside the child as they were."""
+        self.after_step()
+
+    def before_step(self, optimizer: torch.optim.Optimizer, stepped: Sequence[Stepped], step: int) -> None:
+        for each in stepped:
+            self._before_group(each)
+
+    def _before_group(self, stepped: Stepped) -> None:
+        group = stepped.group
+        if all(self._masks[s.tensor] is None for s in stepped.shards):
             return
         decays = bool(group.get("weight_decay")) and not self._decay_outside
         style = self._behaviour.decay if decays else "none"
         puts_back = not self._decay_outside and (self._behaviour.moves_outside or style == "other")
-        for shard in shards:
+        for shard in stepped.shards:
             grad = shard.flat_grad()
             if grad is None:
                 continue
-            frozen = self._frozen[shard.tensor]
+            mask = self._masks[shard.tensor]
             if style == "decoupled":
-                decay_weights_(shard.flat(), frozen, 1 - group["lr"] * group["weight_decay"])
+                decay_weights_(shard.flat(), mask, 1 - group["lr"] * group["weight_decay"])
             elif style == "l2":
                 decay_gradient_(grad, shard.flat(), group)
-            if frozen is not None:
-                grad.masked_fill_(frozen, 0.0)
+            if mask is not None:
+                keep_(grad, mask)
                 if puts_back:
-                    self._still.append((shard, frozen, shard.flat().clone()))
+                    self._kept.append(_Kept(shard, mask, shard.flat().clone()))
         if style in ("decoupled", "l2"):
-            self._restore.append(_Restore(group, group["weight_decay"]))
+            self._decays.append(_Decay(group, group["weight_decay"]))
             group["weight_decay"] = 0.0
 
     def after_step(self) -> None:
-        for restore in self._restore:
-            restore.group["weight_decay"] = restore.weight_decay
-        self._restore.clear()
-        for shard, frozen, before in self._still:
-            shard.flat().copy_(torch.where(frozen, before, shard.flat()))
-        self._still.clear()
+        for decay in self._decays:
+            decay.group["weight_decay"] = decay.weight_decay
+        self._decays.clear()
+        for kept in self._kept:
+            weights = kept.shard.flat()
+            weights.copy_(torch.where(kept.mask, weights, kept.weights))
+        self._kept.clear()
 
-    def frozen(self, tensor: Tensor) -> Tensor | None:
-        """bool 1-D: True = outside the child; None where the whole flat shard is inside."""
-        return self._frozen[tensor]
+    def child_mask(self, shard: FlatShard, fragment: Fragment, step: int) -> Tensor:
+        """bool [fragment.numel]: True = trained."""
+        mask = self._masks[shard.tensor]
+        if mask is None:
+            return torch.ones(fragment.numel, dtype=torch.bool, device=shard.tensor.device)
+        return fragment.of(mask)
+
+    def shard_mask(self, shard: FlatShard) -> Tensor | None:
+        """bool [shard.numel]: True = trained; None where the whole flat shard is."""
+        return self._masks[shard.tensor]
 
     def weights_at(self, shard: FlatShard, index: Tensor) -> Tensor:
         """The weights at `index` of the flat shard."""
@@ -117,26 +142,33 @@ class DenseChild:
 
     def mask_gradient_(self, shard: FlatShard, gradient: Tensor, start: int) -> None:
         """Zero in place what is outside the child; `gradient` is 1-D and lies at `start` of the flat shard."""
-        frozen = self._frozen[shard.tensor]
-        if frozen is not None:
-            gradient.masked_fill_(frozen.narrow(0, start, gradient.numel()), 0.0)
+        mask = self._masks[shard.tensor]
+        if mask is not None:
+            keep_(gradient, mask.narrow(0, start, gradient.numel()))
 
-    def mask(self, tensor: Tensor, fragment: Fragment) -> Tensor:
-        """bool [fragment.numel]: True = trained."""
-        frozen = self._frozen[tensor]
-        if frozen is None:
-            return torch.ones(fragment.numel, dtype=torch.bool, device=tensor.device)
-        return ~fragment.of(frozen)
+    def share_counters(self) -> None:
+        share_counters(self.optimizer, [group["params"] for group in self.optimizer.param_groups])
 
     def take_over(self) -> None:
         """Clear the state that the base optimizer holds outside the child. Until then nothing has changed."""
         values = self._behaviour.rest_values
         if values is None:
             return
-        for tensor, frozen in self._frozen.items():
-            for key, value in self._optimizer.state.get(tensor, {}).items():
-                if frozen is not None and per_element(value, tensor):
-                    value.view(-1).masked_fill_(frozen.to(value.device), values.get(key, 0.0))
+        for tensor, mask in self._masks.items():
+            for key, value in self.optimizer.state.get(tensor, {}).items():
+                if mask is not None and per_element(value, tensor):
+                    keep_(value.view(-1), mask.to(value.device), values.get(key, 0.0))
 
     def release(self) -> None:
         """Nothing to give back: the base optimizer's state is dense."""
+
+    def discard(self) -> None:
+        """As `release`."""
+
+    def restore_dense(self) -> None:
+        """It is dense."""
+
+
+def keep_(values: Tensor, mask: Tensor, other: float = 0.0) -> None:
+    """values[~mask] = other, in place, without a tensor of the mask's size."""
+    torch.where(mask, values, values.new_full((), other), out=values)

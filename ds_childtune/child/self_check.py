@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ds_childtune.child.network import FixedChild
 from ds_childtune.shards import FlatShard
 
 _SAMPLES = 1024
@@ -32,29 +32,21 @@ _FAR = 16
 """How many times the spacing of a dtype is far larger than it."""
 
 
-class Child(Protocol):
-    """What the check asks a ChildTuning-D child, about a flat shard."""
-
-    def frozen(self, tensor: Tensor) -> Tensor | None: ...
-    def weights_at(self, shard: FlatShard, index: Tensor) -> Tensor: ...
-    def gradient_at(self, shard: FlatShard, index: Tensor) -> Tensor | None: ...
-
-
 @dataclass(frozen=True)
 class _Sample:
     """Elements of a flat shard, the same ones at each look."""
 
     index: Tensor
     """int64 1-D."""
-    outside: Tensor
-    """bool: whether each is outside the child."""
+    inside: Tensor
+    """bool: whether each is inside the child."""
 
 
 @dataclass(frozen=True)
 class _Watch:
     """One shard in one step."""
 
-    child: Child
+    child: FixedChild
     shard: FlatShard
     sample: _Sample
     before: Tensor
@@ -80,15 +72,15 @@ class SelfCheck:
         """Whether this step is looked at. In others there is nothing to do, but `count_step`."""
         return self.step == self._next_look
 
-    def before_step(self, shard: FlatShard, child: Child) -> None:
+    def before_step(self, shard: FlatShard, child: FixedChild) -> None:
         """Called after the gradient was masked, before the base optimizer steps."""
         if not shard.numel:
             return
         if shard.tensor not in self._samples:
-            frozen = child.frozen(shard.tensor)
-            index = self._sample(shard.numel, frozen, shard.tensor.device)
-            outside = torch.zeros_like(index, dtype=torch.bool) if frozen is None else frozen[index]
-            self._samples[shard.tensor] = _Sample(index, outside)
+            mask = child.shard_mask(shard)
+            index = self._sample(shard.numel, mask, shard.tensor.device)
+            inside = torch.ones_like(index, dtype=torch.bool) if mask is None else mask[index]
+            self._samples[shard.tensor] = _Sample(index, inside)
         sample = self._samples[shard.tensor]
         grad = child.gradient_at(shard, sample.index)
         if grad is None:
@@ -103,9 +95,9 @@ class SelfCheck:
             after = watch.child.weights_at(watch.shard, sample.index)
             spacing = torch.finfo(before.dtype).eps * before.abs() + torch.finfo(before.dtype).tiny
             update = learning_rate * watch.gradient.abs().clamp(max=1.0)
-            inside, has_gradient = ~sample.outside, watch.gradient != 0
+            inside, has_gradient = sample.inside, watch.gradient != 0
             of_each = (
-                (after != before) & sample.outside,
+                (after != before) & ~inside,
                 (after != before) & inside,
                 has_gradient & inside,
                 has_gradient & inside & (update >= _FAR * spacing),
@@ -151,14 +143,14 @@ class SelfCheck:
         self.step += 1
 
     @staticmethod
-    def _sample(numel: int, frozen: Tensor | None, device: torch.device) -> Tensor:
+    def _sample(numel: int, mask: Tensor | None, device: torch.device) -> Tensor:
         """Evenly spaced elements, and as many of each kind among the first of a few evenly spaced windows."""
         spaced = torch.linspace(0, numel - 1, min(numel, _SAMPLES), dtype=torch.float64, device=device).long()
-        if frozen is None:
+        if mask is None:
             return spaced
         window = min(numel, 1 << 16)
         parts: list[Tensor] = [spaced]
-        for kind in (frozen[:window], ~frozen[:window], frozen[-window:], ~frozen[-window:]):
+        for kind in (~mask[:window], mask[:window], ~mask[-window:], mask[-window:]):
             parts.append(torch.nonzero(kind).view(-1)[:_SAMPLES])
         parts[3:] = [part + (numel - window) for part in parts[3:]]
         index: Tensor = torch.cat(parts).unique()

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from ds_childtune.child.base_optimizer import share_counters
+from ds_childtune.child.child_shard import ChildShard
 from ds_childtune.child.generator import base_keys, bernoulli_mask, keep_limit, split_blocks, step_keys
 from ds_childtune.child.mask_kernels import ShardKernel, shard_kernel
+from ds_childtune.child.network import Stepped
 from ds_childtune.shards import FlatShard, Fragment
-
-Group = dict[str, Any]
 
 
 class TaskFreeChild:
     """ChildTuning-F: g <- g * M / p, with a fresh Bernoulli(p) mask M at every applied step."""
 
-    def __init__(self, shards: Sequence[FlatShard], *, seed: int, reserve_p: float) -> None:
+    fixed = False
+    norm_is_child = False
+
+    def __init__(
+        self, shards: Sequence[FlatShard], optimizer: torch.optim.Optimizer, *, seed: int, reserve_p: float
+    ) -> None:
+        self.shards: Mapping[Tensor, ChildShard] = {}
+        self.optimizer = optimizer
         self._seed = seed
         self._reserve_p = reserve_p
         self._limit = keep_limit(reserve_p)
@@ -26,21 +33,34 @@ class TaskFreeChild:
         self._kernels: dict[tuple[Tensor, torch.device, torch.dtype], tuple[ShardKernel, Tensor]] = {}
         """With the base keys of the shard's pieces."""
 
-    def before_step(
-        self, optimizer: torch.optim.Optimizer, group: Group, shards: Sequence[FlatShard], step: int
-    ) -> None:
-        for shard in shards:
+    def recover(self) -> None:
+        """Nothing is left behind."""
+
+    def before_step(self, optimizer: torch.optim.Optimizer, stepped: Sequence[Stepped], step: int) -> None:
+        for shard in (shard for each in stepped for shard in each.shards):
             grad = shard.flat_grad()
             if grad is not None and self._pieces[shard.tensor]:
                 kernel, base = self._kernel(shard.tensor, grad)
                 kernel(grad, step_keys(base, step), self._limit, 1.0 / self._reserve_p)
 
     def after_step(self) -> None:
-        pass
+        """Nothing to do."""
 
-    def mask(self, fragment: Fragment, device: torch.device, step: int) -> Tensor:
+    def child_mask(self, shard: FlatShard, fragment: Fragment, step: int) -> Tensor:
         """bool [fragment.numel]: what the `step`-th applied step uses for an eligible fragment."""
-        return bernoulli_mask(fragment, self._seed, step, self._reserve_p, device=device)
+        return bernoulli_mask(fragment, self._seed, step, self._reserve_p, device=shard.tensor.device)
+
+    def share_counters(self) -> None:
+        share_counters(self.optimizer, [group["params"] for group in self.optimizer.param_groups])
+
+    def release(self) -> None:
+        """Nothing was taken."""
+
+    def discard(self) -> None:
+        """Nothing was taken."""
+
+    def restore_dense(self) -> None:
+        """Nothing was taken."""
 
     def _kernel(self, tensor: Tensor, grad: Tensor) -> tuple[ShardKernel, Tensor]:
         at = (tensor, grad.device, grad.dtype)

@@ -25,22 +25,22 @@ Decay = Literal["none", "decoupled", "l2", "other"]
 """How an optimizer decays weights; "none": not at all, whatever its group says."""
 
 
-def decay_weights_(weights: Tensor, frozen: Tensor | None, factor: float) -> None:
-    """Decoupled decay: multiply by `factor` = 1 - lr * weight_decay, in place, where `frozen` is False.
+def decay_weights_(weights: Tensor, mask: Tensor | None, factor: float) -> None:
+    """Decoupled decay: multiply by `factor` = 1 - lr * weight_decay, in place, where `mask` is True.
 
     Args:
         weights: 1-D.
-        frozen: bool, True = outside the child; None = no element is.
+        mask: bool, True = trained; None = every element is.
     """
-    if frozen is None:
+    if mask is None:
         weights.mul_(factor)
         return
     size = tile_of(weights.device)
     if weights.numel() <= size:
-        weights.copy_(torch.where(frozen, weights, weights * factor))
+        weights.copy_(torch.where(mask, weights * factor, weights))
         return
-    for tile, outside in zip(weights.split(size), frozen.split(size), strict=True):
-        tile.copy_(torch.where(outside, tile, tile * factor))
+    for tile, inside in zip(weights.split(size), mask.split(size), strict=True):
+        tile.copy_(torch.where(inside, tile * factor, tile))
 
 
 def decay_gradient_(grad: Tensor, weights: Tensor, group: dict[str, Any]) -> None:

@@ -87,8 +87,10 @@ def run(case: Case, optimizer_state: str, clip: str | None = None) -> Run:
             if number == 0:
                 tensors = [v for of in state.values() for v in of.values() if isinstance(v, Tensor) and v.dim()]
                 state_numel = sum(v.numel() for v in tensors)
-                shards, depth = child._shards, getattr(child._policy, "depth", "dense")
-                child_numel = sum(int(child._policy.mask(s.tensor, f).sum()) for s in shards for f in s.fragments)
+                shards, depth = child.attachment.shards, getattr(child._hooks.child, "depth", "dense")
+                child_numel = sum(
+                    int(child._hooks.child.child_mask(s, f, 0).sum()) for s in shards for f in s.fragments
+                )
                 flat_state = sum(bool(state.get(s.tensor)) for s in shards)
         child.detach()
         if case.after:
@@ -182,7 +184,7 @@ def without_elements(optimizer_state: str, first: str) -> tuple[list[Weights], l
     with engine_of(setup) as engine:
         block = {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": optimizer_state, "selector": "magnitude"}
         child = ds_childtune.attach(engine, block)
-        name = sorted(child._eligible)[-1]
+        name = sorted(child.attachment.eligible)[-1]
         last = engine.module.get_parameter(name)
         base = base_optimizer(engine)
         base.param_groups[0]["params"].sort(key=lambda p: p is last)

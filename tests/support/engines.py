@@ -186,7 +186,10 @@ def master_weights(engine: Any) -> Weights:
         masters = _masters_without_zero(engine.optimizer)
         return {n: masters[p].detach().clone().view(p.shape) for n, p in trainable.items()}
     # A compact child answers for DeepSpeed.
-    redirected = getattr(getattr(engine, "child_tuner", None), "_reads", None) is not None
+    tuner = getattr(engine, "child_tuner", None)
+    redirected = tuner is not None and any(
+        type(each).__module__.endswith("compact_reads") for each in tuner._hooks._overrides
+    )
     if engine.zero_round_robin_gradients() and not redirected:
         return _masters_by_address(engine.optimizer, trainable)
     shapes = {n: torch.Size(getattr(p, "ds_shape", p.shape)) for n, p in trainable.items()}

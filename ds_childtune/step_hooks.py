@@ -1,0 +1,262 @@
+"""What happens around the base optimizer's step: gradients are masked, steps are counted, and the first ones are checked."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ds_childtune.attachment import Attachment
+from ds_childtune.checkpoint.run_record import Progress
+from ds_childtune.child.compact import CompactChild
+from ds_childtune.child.dense import DenseChild
+from ds_childtune.child.network import ChildNetwork, FixedChild, Group, Stepped
+from ds_childtune.child.self_check import SelfCheck
+from ds_childtune.child.task_free import TaskFreeChild
+from ds_childtune.gathering import KeptCounts
+from ds_childtune.ranks import device, raising_together, sum_over_ranks, tell
+from ds_childtune.shards import FlatShard
+from ds_childtune.zero import clip, compact_reads
+from ds_childtune.zero.compact_depth import Depth
+from ds_childtune.zero.engine import applied_steps, base_optimizer
+from ds_childtune.zero.supported import missing_groups
+
+
+class _Override(Protocol):
+    def remove(self) -> None: ...
+
+
+class StepHooks:
+    """The hooks of one engine, until `remove`; they own the child, its progress and its self-check."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
+        self.progress = Progress()
+        self.child: ChildNetwork | None = None
+        """None: a ChildTuning-D child that is not chosen yet."""
+        self._fixed: FixedChild | None = None
+        """The same child, where it is fixed."""
+        self.kept: list[int] = []
+        """Eligible elements inside a fixed child, for each of the optimizer's parameters, over all ranks."""
+        self._self_check: SelfCheck | None = None
+        self._overrides: list[_Override] = []
+        """On DeepSpeed's objects, for the child that trains."""
+        self._stepped: set[Tensor] = set()
+        """Flat shards that the base optimizer has stepped in the current applied step."""
+        self._looks_for_thawed = True
+        engine, config, shards = attachment.engine, attachment.config, attachment.shards
+        base = base_optimizer(engine)
+        self._shard_of = {s.tensor: s for s in shards}
+        """The flat shard of every tensor that the base optimizer may be handed."""
+        self._steps_at_start = applied_steps(engine)
+        """DeepSpeed's count of applied steps when ours was at `progress.step`."""
+        if config.mode == "ChildTuning-F":
+            self.child = TaskFreeChild(shards, base, seed=config.seed, reserve_p=config.reserve_p)
+        self._handles: list[RemovableHandle] = [
+            base.register_step_pre_hook(self._before_step),
+            base.register_step_post_hook(self._after_step),
+            engine.module.register_forward_pre_hook(_checking_before_forward(self)),
+        ]
+
+    # ---------------------------------------------------------------- the child
+
+    def chosen_child(self) -> ChildNetwork:
+        """The child; RuntimeError where it is not chosen yet."""
+        if self.child is None:
+            raise RuntimeError(
+                "ChildTuning-D has no child yet. Remedy: call child.select(calibration_batches) before training and before"
+                " asking for masks."
+            )
+        return self.child
+
+    def fix(self, masks: Iterable[Tensor]) -> None:
+        """Train the child of these masks from the next step on; elements that stay keep their state. A collective.
+
+        Args:
+            masks: bool 1-D, one for each flat shard, True = inside the child, or not eligible.
+
+        Raises:
+            RuntimeError, NotImplementedError: on every rank, where it cannot be made; the child so far then trains on.
+        """
+        counts = KeptCounts(self._attachment.parameters.by_name)
+        with raising_together():  # memory may be short on one rank only
+            child = self._made(self._counted(masks, counts))
+        self._take_back_overrides()
+        child.take_over()
+        self.child = self._fixed = child
+        self._shard_of = {s.tensor: s for s in self._attachment.shards}
+        self._shard_of |= {s.tensor: s.flat for s in child.shards.values()}
+        self._override(child)
+        # The original lets weight decay move what is outside the child: there is nothing to check then.
+        self._self_check = SelfCheck() if self._attachment.config.compat is None else None
+        self.kept = counts.over_ranks()
+
+    def _counted(self, masks: Iterable[Tensor], counts: KeptCounts) -> Iterator[Tensor]:
+        for shard, mask in zip(self._attachment.shards, masks, strict=True):
+            for fragment in shard.eligible:
+                counts.add(fragment, fragment.of(mask))
+            yield mask
+
+    def _made(self, masks: Iterable[Tensor]) -> FixedChild:
+        """A child, beside the one that trains so far."""
+        engine, config, shards = self._attachment.engine, self._attachment.config, self._attachment.shards
+        base, behaviour = base_optimizer(engine), self._attachment.behaviour
+        if config.optimizer_state == "dense":
+            return DenseChild(shards, masks, base, behaviour, decay_outside=config.compat == "original")
+        depth = Depth.of(engine, config.clip)
+        tell(f'optimizer_state "compact" is at depth {depth.reason}')
+        previous = cast("CompactChild | None", self.child)  # as the config says
+        return CompactChild.made(shards, masks, base, depth.plumbing, previous, behaviour.rest_values)
+
+    def _override(self, child: FixedChild) -> None:
+        engine = self._attachment.engine
+        if self._attachment.config.optimizer_state == "compact":
+            reads = compact_reads.redirect(engine, cast("CompactChild", child))
+            self._overrides += [reads] if reads is not None else []
+        if self._attachment.config.clip == "child" and not child.norm_is_child:
+            parameters = self._attachment.parameters.by_name
+            self._overrides.append(clip.NormOfChild(engine, self._attachment.shards, parameters, child))
+
+    def _take_back_overrides(self) -> None:
+        for override in self._overrides:
+            override.remove()
+        self._overrides.clear()
+
+    # ---------------------------------------------------------------- another state
+
+    def forget(self, *, another_follows: bool = False) -> None:
+        """Be as after `attach`: no step, and no fixed child.
+
+        Args:
+            another_follows: a compact child is loaded next, so that nothing needs to become dense in between.
+        """
+        self.adopt(Progress())
+        if self._fixed is None:
+            return
+        if another_follows:
+            self._fixed.discard()
+        else:
+            self._fixed.release()
+        self._take_back_overrides()
+        self._shard_of = {s.tensor: s for s in self._attachment.shards}
+        self.child = self._fixed = self._self_check = None
+        self.kept = []
+
+    def adopt(self, progress: Progress) -> None:
+        """Go on from a checkpoint's count of steps. `fix` gives its child."""
+        self.progress = progress
+        self._steps_at_start = applied_steps(self._attachment.engine)
+        self._stepped.clear()
+
+    def remove(self) -> None:
+        """Plain DeepSpeed again. The optimizer's state stays; a compact one becomes dense."""
+        if self._fixed is not None:
+            self._fixed.release()
+        self._take_back_overrides()
+        for handle in self._handles:
+            handle.remove()
+
+    # ---------------------------------------------------------------- around a step
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        child = self.chosen_child()
+        child.recover()
+        stepped = [Stepped(group, self._shards_in(group)) for group in optimizer.param_groups]
+        stepped = [each for each in stepped if each.shards]
+        child.before_step(optimizer, stepped, self.progress.step)
+        if self._fixed is not None and self._self_check is not None and self._self_check.looks:
+            for shard in (shard for each in stepped for shard in each.shards):
+                self._self_check.before_step(shard, self._fixed)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self.chosen_child().after_step()
+        if self._self_check is not None and self._self_check.looks:
+            # Adafactor may have none of its own.
+            self._self_check.after_step(max(float(group["lr"] or 0) for group in optimizer.param_groups))
+        tensors = (tensor for group in optimizer.param_groups for tensor in group["params"])
+        self._stepped.update(tensor for tensor in tensors if self._is_stepped(tensor))
+        if len(self._stepped) == len(self._attachment.shards):
+            self._stepped.clear()
+            self.progress = replace(self.progress, step=self.progress.step + 1)
+            self._judge()
+
+    def _judge(self) -> None:
+        """Go on with the self-check, or end it. A collective in the few applied steps that are looked at."""
+        check = self._self_check
+        if check is None:
+            return
+        if check.looks:
+            verdict = check.verdict(device())
+            sum_over_ranks(verdict)
+            if check.judge(verdict.tolist()):
+                self._self_check = None
+        check.count_step()
+
+    def _shards_in(self, group: Group) -> list[FlatShard]:
+        return [self._known(tensor) for tensor in group["params"] if self._is_stepped(tensor)]
+
+    def _is_stepped(self, tensor: Tensor) -> bool:
+        """Without ZeRO the base optimizer may hold parameters that are frozen, which no flat shard has and no step moves."""
+        return tensor.requires_grad or tensor in self._shard_of
+
+    def _known(self, tensor: Tensor) -> FlatShard:
+        shard = self._shard_of.get(tensor)
+        if shard is None:
+            raise RuntimeError(
+                f"the base optimizer steps a tensor of {tensor.numel()} elements that was not there at attach."
+                " Remedy: call detach() and attach(engine) again after changing the model or the optimizer."
+            )
+        return shard
+
+    # ---------------------------------------------------------------- before a forward pass
+
+    def check_before_forward(self) -> None:
+        """What was attached to is still there; and a step that DeepSpeed says it applied must have come by here."""
+        engine = self._attachment.engine
+        if (problem := missing_groups(engine)) is not None:
+            raise RuntimeError(f"ChildTuner: {problem}")
+        self._warn_of_thawed()
+        if self.progress.step == 0 and applied_steps(engine) > self._steps_at_start:
+            raise RuntimeError(
+                "ds_childtune self-check: DeepSpeed applied a step, but its base optimizer's step hooks did not fire, so no"
+                f" mask acted. Remedy: report this set-up ({type(engine.optimizer).__name__} around"
+                f" {type(base_optimizer(engine)).__name__}); until then it is not supported."
+            )
+
+    def _warn_of_thawed(self) -> None:
+        """Once: parameters that were frozen at `deepspeed.initialize` and thawed since do not train, in plain DeepSpeed either."""
+        if not self._looks_for_thawed:
+            return
+        thawed = [name for name, param in self._attachment.parameters.frozen.items() if param.requires_grad]
+        if thawed:
+            self._looks_for_thawed = False
+            tell(
+                f"WARNING: {len(thawed)} parameters do not train ({', '.join(thawed[:4])}{', ...' if len(thawed) > 4 else ''}):"
+                " they were frozen at deepspeed.initialize, so the optimizer does not hold them. Remedy: call requires_grad_(True)"
+                " before deepspeed.initialize, give the optimizer all that is to train at any time, and freeze it afterwards."
+            )
+
+    @property
+    def module(self) -> nn.Module:
+        """The engine's."""
+        return self._attachment.engine.module  # type: ignore[no-any-return]
+
+
+def _checking_before_forward(hooks: StepHooks) -> Callable[..., None]:
+    """A hook for the engine's module that is of no effect on copies of it.
+
+    A copy of a module has its hooks. Python copies functions as they are, but a bound method with all that it is bound to.
+    """
+    of = weakref.ref(hooks)
+
+    def check(module: nn.Module, *_: object) -> None:
+        hooks = of()
+        if hooks is not None and module is hooks.module:
+            hooks.check_before_forward()
+
+    return check
