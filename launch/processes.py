@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -39,6 +40,8 @@ def processes() -> Iterator[None]:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
+    # DeepSpeed's calls, about which a user can do nothing.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     try:
         yield
     finally:
