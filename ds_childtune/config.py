@@ -165,4 +165,4 @@ def _explain(error: Any) -> str:
 
 
 def _doc(field: Any) -> str:
-    return " ".join((field.description or "").split()) if field is not None else "see the README's table of keys."
+    return " ".join((field.description or "").split()) if field is not None else "see ds_childtune/config.py."

@@ -68,12 +68,12 @@ class Arguments:
         Path(__file__).parents[1] / "ds_configs" / "zero3_child_d.json"
     )
     output: Annotated[Path | None, _help("Folder for the tuned model, in transformers' format.")] = None
-    export: Annotated[Path | None, _help("Folder for the child's values alone, see docs/child_files.md.")] = None
+    export: Annotated[Path | None, _help("Folder for only the child's values, see docs/child_files.md.")] = None
     checkpoints: Annotated[
         Path | None, _help("Folder of checkpoints; the same command goes on from the last whole one.")
     ] = None
     save_every: Annotated[int, _help("Steps between checkpoints.")] = 500
-    results: Annotated[Path | None, _help("File to which one JSON line is added.")] = None
+    results: Annotated[Path | None, _help("File that gets one more JSON line.")] = None
     compare: Annotated[bool, _help("Train plain first, then the child, and print both.")] = False
 
     def __post_init__(self) -> None:

@@ -46,7 +46,7 @@ import ds_childtune
 
 
 def read_ds_config(args: Arguments) -> dict[str, Any]:
-    """The file, with the flags that are given put in; "auto" counts as absent. The result alone says how the run goes."""
+    """The file, with the options that are given put in; "auto" counts as absent. The run depends on nothing else."""
     config: dict[str, Any] = json.loads(args.ds_config.read_text())
     config.pop("train_batch_size", None)  # follows from the other two and the number of ranks
     put(config, "train_micro_batch_size_per_gpu", args.batch_size, default=16)
@@ -101,7 +101,7 @@ def load_tokenizer(args: Arguments) -> Any:
 
 
 def load_model(args: Arguments, config: dict[str, Any], labels: Sequence[str], pad_token_id: int) -> nn.Module:
-    """Pretrained weights, sharded while they load under ZeRO-3, and a fresh head that depends on the seed alone."""
+    """Pretrained weights, sharded while they load under ZeRO-3, and a fresh head that depends only on the seed."""
     path = model_path(args.model)
     together(lambda: AutoConfig.from_pretrained(path))  # a missing model fails here, before the collectives below
     # from_pretrained looks for this object, and loads into zero.Init's shards while it is alive.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Several nodes over ssh, started once, on any of them. HOSTFILE is like launch/hostfile.example; the repository and its
-# virtual environment lie at the same path on every node. DeepSpeed starts the nodes with pdsh, and hands on the environment variables
-# that are listed, NAME=VALUE, in ~/.deepspeed_env.
+# Several nodes over ssh, started once, on any of them. HOSTFILE is like launch/hostfile.example. The repository and its virtual
+# environment are at the same path on every node. DeepSpeed starts the nodes with pdsh, and passes on the environment variables that
+# ~/.deepspeed_env lists as NAME=VALUE.
 #
 #     HOSTFILE=my_hosts bash launch/multi_node.sh --model bert-large-cased --data nyu-mll/glue --data-config rte
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Several nodes without ssh: the same command on every node, NODE_RANK aside. For Kubernetes, or by hand.
+# Several nodes without ssh: the same command on every node, except for NODE_RANK. For Kubernetes, or by hand.
 #
 #     HOSTFILE=my_hosts NODE_RANK=0 MASTER_ADDR=node-0 bash launch/node_by_node.sh --epochs 3      # on the first node
 #     HOSTFILE=my_hosts NODE_RANK=1 MASTER_ADDR=node-0 bash launch/node_by_node.sh --epochs 3      # on the second

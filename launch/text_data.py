@@ -165,7 +165,7 @@ def class_labels(args: Arguments, train: Dataset, held_out: Dataset) -> list[Any
     if unknown or len(labels) < 2:
         raise ValueError(
             f"expected two or more classes in --label-column {args.label_column}, the same in both splits, got {labels[:9]}"
-            f" and {sorted(unknown)[:9]} in --eval-split alone. Remedy: choose a split with labels, or --task regression."
+            f" and {sorted(unknown)[:9]} only in --eval-split. Remedy: choose a split with labels, or --task regression."
         )
     return labels
 

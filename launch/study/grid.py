@@ -205,7 +205,7 @@ def best_lr(grid: Grid, results: Sequence[Options]) -> dict[tuple[str, int | Non
 
 
 def read_results(path: Path, grid: Grid) -> list[Options]:
-    """The grid's own results, one of each job. A last line that a crash cut short is that job's loss alone.
+    """The grid's own results, one of each job. A last line that a crash cut short loses only that job.
 
     Raises:
         ValueError: a result of one of the grid's jobs that was run with other settings.

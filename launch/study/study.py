@@ -3,7 +3,7 @@
     python launch/study/study.py run launch/study/glue.yaml --data GLUE_FOLDER --results docs/evidence/glue.jsonl --jobs 2
     python launch/study/study.py report launch/study/glue.yaml docs/evidence/glue.jsonl --plot docs/evidence/glue.png
 
-Likewise low_resource.yaml and transfer.yaml, each into a file of its own; ablations.yaml into that of
+Likewise low_resource.yaml and transfer.yaml, each into its own file; ablations.yaml into that of
 transfer.yaml, whose runs it shares; bert_large.yaml is the paper's own table, for those who have GPUs.
 
 `run` may be stopped at any time and started again: every finished job is one JSON line in the results file, and jobs
