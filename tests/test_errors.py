@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 import ds_childtune
 from ds_childtune import ranks
-from ds_childtune.selection.fisher_pass import default_loss
+from ds_childtune.selection.loss import default_loss
 from tests.support import reference
 from tests.support.engines import Optimizer, Setup, engine_of, master_weights, on_device, train_step
 from tests.support.models import Batch, batches, build, deal
