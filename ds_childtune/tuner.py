@@ -17,16 +17,15 @@ from ds_childtune.checkpoint.run_record import Progress
 from ds_childtune.child.network import ChildNetwork
 from ds_childtune.child.optimizer_check import put_back, tried
 from ds_childtune.child_files.export import export_child
-from ds_childtune.config import ChildTuningConfig, parse_config
+from ds_childtune.config import ChildTuningConfig, FisherConfig, parse_config
 from ds_childtune.gathering import KeptCounts, gather
 from ds_childtune.random_states import kept_random_states
 from ds_childtune.ranks import check_same, device, raising_together, tell
 from ds_childtune.report import ParameterReport, Report
+from ds_childtune.selection.contrast import check_against, contrast
 from ds_childtune.selection.eligible import eligible_names
 from ds_childtune.selection.fisher import Fisher
-from ds_childtune.selection.fisher_pass import estimate_fisher
-from ds_childtune.selection.loss import LossFunction, default_loss
-from ds_childtune.selection.rounds import check_batches
+from ds_childtune.selection.fisher_pass import LossFunction, check_batches, default_loss, estimate_fisher
 from ds_childtune.selection.selectors import (
     ShardScores,
     cut_at,
@@ -134,6 +133,9 @@ class ChildTuner:
         Raises:
             ValueError, RuntimeError: on every rank; see `select`.
         """
+        return self._estimate(batches, loss_fn, self.config.fisher)
+
+    def _estimate(self, batches: Iterable[Any], loss_fn: LossFunction | None, config: FisherConfig) -> Fisher:
         self._check_attached()
         with raising_together():
             check_batches(batches)
@@ -143,7 +145,7 @@ class ChildTuner:
             self.attachment.trainable_shards(),
             self.attachment.trainable(),
             batches,
-            self.config.fisher,
+            config,
             loss_fn or default_loss,
         )
 
@@ -158,12 +160,19 @@ class ChildTuner:
         ]
         return gather(name, self.attachment.parameters.shapes[name], values, torch.float32)
 
-    def select(self, batches: Iterable[Any] | None = None, loss_fn: LossFunction | None = None) -> Report:
+    def select(
+        self,
+        batches: Iterable[Any] | None = None,
+        loss_fn: LossFunction | None = None,
+        *,
+        against: Iterable[Any] | None = None,
+    ) -> Report:
         """Fix the child: exactly round(reserve_p * eligible) elements with the largest scores. A collective.
 
         Args:
             batches: calibration micro-batches, see `estimate_fisher`; may be None for a selector that needs none.
             loss_fn: see `estimate_fisher`.
+            against: for selector `contrast`, micro-batches of general text that the model is to keep; see [Note: contrast].
 
         Raises:
             ValueError: on every rank, for no batches, NaN or inf, or an eligible parameter that never got a gradient.
@@ -179,12 +188,12 @@ class ChildTuner:
         self._check_between_steps("select")
         self._check_some_are_open()
         started = time.perf_counter()
-        scores, terms = self._scores(batches, loss_fn)
+        scores, terms = self._scores(batches, loss_fn, against)
         scored = time.perf_counter()
         eligible = sorted(self.attachment.trainable())
-        numel = sum(self.attachment.parameters.shapes[name].numel() for name in eligible)
+        numel = self._trainable_numel()
         cut = cut_at(scores, eligible, numel, self.config.reserve_p)
-        known = positive(scores, eligible) if self.config.selector in ("fisher", "magnitude") else None
+        known = positive(scores, eligible) if self.config.selector in ("fisher", "magnitude", "contrast") else None
         masks = masks_inside(self.attachment.trainable_shards(), scores, cut)
         before = self._hooks.progress
         trained_before = self._hooks.child is not None and before.step > before.selected_at
@@ -207,9 +216,13 @@ class ChildTuner:
         tell(str(report))
         return report
 
-    def _scores(self, batches: Iterable[Any] | None, loss_fn: LossFunction | None) -> tuple[ShardScores, int]:
+    def _scores(
+        self, batches: Iterable[Any] | None, loss_fn: LossFunction | None, against: Iterable[Any] | None
+    ) -> tuple[ShardScores, int]:
         """What the selector maximises, and the terms of Fisher's mean."""
         selector = self.config.selector
+        with raising_together():
+            check_against(selector, against)
         if selector == "magnitude":
             return magnitudes(self.attachment.trainable_shards()), 0
         if selector == "random":
@@ -221,10 +234,18 @@ class ChildTuner:
                     " Remedy: pass an iterable of micro-batches of the task's training set."
                 )
         assert batches is not None
+        # First, as it is the smaller of the two to keep meanwhile.
+        small = self.config.fisher.model_copy(update={"score_dtype": "e8m8"})
+        general = None if against is None else self._estimate(against, loss_fn, small)
         fisher = self.estimate_fisher(batches, loss_fn)
+        if general is not None:
+            contrast(fisher.sums, general.sums, self._trainable_numel())
         if selector == "lowest_fisher":
             reverse_order(fisher.sums)
         return fisher.sums, fisher.terms
+
+    def _trainable_numel(self) -> int:
+        return sum(self.attachment.parameters.shapes[name].numel() for name in self.attachment.trainable())
 
     def _check_some_are_open(self) -> None:
         """A collective."""
@@ -246,7 +267,7 @@ class ChildTuner:
     # ---------------------------------------------------------------- the child on its own
 
     def export(self, path: str | Path) -> None:
-        """Write only ChildTuning-D's child, in Hugging Face names: see [Note: export], and `apply_child`. A collective.
+        """Write ChildTuning-D's child alone, in Hugging Face names: see [Note: export], and `apply_child`. A collective.
 
         Args:
             path: a folder that every rank sees. A child that it had before is replaced in one instant.

@@ -9,6 +9,7 @@ right in expectation however many terms it has.
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -52,6 +53,21 @@ class Scores:
         """int32 1-D, at most `TILE` elements each: fp32 bit patterns, which order like the scores."""
         for tile in self.values.split(TILE):
             yield tile.view(torch.int32) if tile.dtype == torch.float32 else _bits(tile)
+
+    def float_tiles(self) -> Iterator[Tensor]:
+        """fp32 1-D, at most `TILE` elements each."""
+        for tile in self.values.split(TILE):
+            yield tile if tile.dtype == torch.float32 else _decode(tile)
+
+    def divide_(self, divisor: Scores, unit: builtins.float, eps: builtins.float) -> None:
+        """self /= divisor / unit + eps, in place, for the same elements; in e8m8, rounded to the nearest code."""
+        for tile, below in zip(self.values.split(TILE), divisor.float_tiles(), strict=True):
+            below = below.div(unit).add_(eps)
+            if tile.dtype == torch.float32:
+                tile.div_(below)
+            else:
+                bits = _decode(tile).div_(below).view(torch.int32)
+                tile.copy_((bits + (1 << (_CUT_BITS - 1))) >> _CUT_BITS)
 
     def reverse_order(self) -> None:
         """In place: turn finite scores >= 0 into other such scores in the opposite order, exactly."""

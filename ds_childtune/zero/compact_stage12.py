@@ -15,13 +15,12 @@ result, so there is no small place to index gradients earlier. What is lost of m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ds_childtune.child.child_shard import ChildShard
-from ds_childtune.zero.overrides import Overrides
 
 
 def parameter_partitions(optimizer: Any) -> list[tuple[Tensor, Tensor, list[Any]]]:
@@ -51,17 +50,16 @@ class ZeroTwoPlumbing:
     def __init__(self, engine: Any) -> None:
         self._optimizer = engine.optimizer
         self._shards: list[ChildShard] = []
-        self._overrides = Overrides()
 
     def install(self, shards: Sequence[ChildShard]) -> None:
         self._shards = list(shards)
         for flat, lp, mappings in parameter_partitions(self._optimizer):
             flat.data = lp.data
             mapped_to(flat, mappings)
-        self._overrides.around(self._optimizer, "unscale_and_clip_grads", self._unscale_and_clip_grads)
+        self._optimizer.unscale_and_clip_grads = self._unscale_and_clip_grads
 
     def remove(self) -> None:
-        self._overrides.remove()
+        del self._optimizer.unscale_and_clip_grads
         self._shards = []
 
     def restore_dense(self, shards: Sequence[ChildShard]) -> None:
@@ -71,12 +69,11 @@ class ZeroTwoPlumbing:
             mapped_to(flat, mappings)
             shard.scatter()
 
-    def _unscale_and_clip_grads(
-        self, original: Callable[..., Any], grad_groups_flat: list[Tensor], total_norm: Any
-    ) -> Any:
+    def _unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: Any) -> None:
         """Called with the flat gradient of one group."""
+        optimizer = self._optimizer
         (gradient,) = grad_groups_flat
         shard = next(s for s in self._shards if s.flat.tensor.grad is gradient)
         shard.flat.tensor.grad = None
         shard.tensor.grad = gradient.index_select(0, shard.index).to(shard.tensor.dtype)
-        return original([shard.tensor.grad], total_norm)
+        type(optimizer).unscale_and_clip_grads(optimizer, [shard.tensor.grad], total_norm)

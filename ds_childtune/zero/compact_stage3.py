@@ -27,8 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from ds_childtune.child.child_shard import ChildShard, put_
-from ds_childtune.zero.lean_start import make_dense_gradient_buffer, make_gradient_buffer, parameters, take_gradients
-from ds_childtune.zero.overrides import Overrides
+from ds_childtune.zero.lean_start import make_gradient_buffer, parameters, restore_gradients
 
 _FEW = 1 << 16
 """Elements of a child in a partition whose places there are kept."""
@@ -86,7 +85,8 @@ class ZeroThreePlumbing:
         """By `ds_id` of the parameter."""
         self._flats: list[Tensor] = []
         """Flat shards, while child shards stand in DeepSpeed's list."""
-        self._overrides = Overrides()
+        self._overridden: dict[str, Any] = {}
+        """What the instance had of its own before, by name."""
 
     def install(self, shards: Sequence[ChildShard]) -> None:
         optimizer = self._optimizer
@@ -105,16 +105,15 @@ class ZeroThreePlumbing:
             for key, (i, start, numel) in at.items()
         }
         make_gradient_buffer(optimizer, {i: p.last - p.first for i, p in self._partitions.items()})
-        take_gradients(optimizer)
-        put = self._overrides
-        put.around(optimizer, "partition_grads", self._partition_grads)
-        put.around(optimizer, "_prepare_fp32_grad_for_sub_group", self._prepare_fp32_grad_for_sub_group)
-        unflatten = optimizer._unflatten_partitioned_parameters
-        put.method(optimizer, "_reassign_or_swap_out_partitioned_parameters", unflatten)
+        self._override("partition_grads", self._partition_grads)
+        self._override("_prepare_fp32_grad_for_sub_group", self._prepare_fp32_grad_for_sub_group)
+        self._override("_reassign_or_swap_out_partitioned_parameters", optimizer._unflatten_partitioned_parameters)
 
     def remove(self) -> None:
         optimizer = self._optimizer
-        self._overrides.remove()
+        for name, before in self._overridden.items():
+            delattr(optimizer, name) if before is None else setattr(optimizer, name, before)
+        self._overridden.clear()
         self._partitions = {}
         optimizer.fp32_partitioned_groups_flat[:] = self._flats
         self._flats = []
@@ -125,15 +124,18 @@ class ZeroThreePlumbing:
             lp = optimizer.fp16_partitioned_groups_flat[i]
             shard.flat.tensor.data = lp.data.to(optimizer.master_weights_and_grads_dtype)
             shard.scatter()
-        make_dense_gradient_buffer(optimizer)
+        restore_gradients(optimizer)
 
-    def _partition_grads(
-        self, original: Callable[..., Any], params_to_release: list[Any], grad_partitions: list[Tensor]
-    ) -> Any:
+    def _override(self, name: str, method: Callable[..., Any]) -> None:
+        """On the instance; deleting it brings the class's back."""
+        self._overridden[name] = vars(self._optimizer).get(name)
+        setattr(self._optimizer, name, method)
+
+    def _partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> Any:
         inside = [self._partitions[p.ds_id].inside(g) for p, g in zip(params_to_release, grad_partitions, strict=True)]
-        return original(params_to_release, inside)
+        return type(self._optimizer).partition_grads(self._optimizer, params_to_release, inside)
 
-    def _prepare_fp32_grad_for_sub_group(self, original: Callable[..., Any], sub_group_id: int) -> Any:
+    def _prepare_fp32_grad_for_sub_group(self, sub_group_id: int) -> None:
         optimizer = self._optimizer
         of = zip(optimizer.fp16_groups[sub_group_id], optimizer.averaged_gradients[sub_group_id], strict=True)
         # DeepSpeed gives a parameter that does not require grad any more a dense partition of zeros.
@@ -142,4 +144,4 @@ class ZeroThreePlumbing:
             for param, grad in of
             for part in [self._partitions[param.ds_id]]
         ]
-        return original(sub_group_id)
+        type(optimizer)._prepare_fp32_grad_for_sub_group(optimizer, sub_group_id)
