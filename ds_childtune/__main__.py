@@ -99,7 +99,7 @@ def _compare(
 
 
 def _quiet() -> None:
-    """transformers would tell of parameters that the base model lacks, which the child brings."""
+    """transformers would warn of parameters that the base model lacks, and that the child brings."""
     import transformers
 
     logging: Any = transformers.utils.logging

@@ -47,7 +47,7 @@ class FisherConfig(_Block):
     def _clip_needs_the_whole_gradient(self) -> Self:
         if self.max_grad_norm is not None and self.estimator != "per_micro_batch":
             raise ValueError(
-                "fisher.max_grad_norm needs whole gradients, which exist before the reduction alone:"
+                "fisher.max_grad_norm needs whole gradients, which exist only before the reduction:"
                 ' use fisher.estimator "per_micro_batch", or remove fisher.max_grad_norm'
             )
         return self
@@ -78,12 +78,12 @@ class ChildTuningConfig(_Block):
     the most Fisher information on the task for the least on general text."""
 
     optimizer_state: Literal["dense", "compact"] = "dense"
-    """`dense`: moments for every element, as in plain DeepSpeed. `compact`, ChildTuning-D: for the child alone."""
+    """`dense`: moments for every element, as in plain DeepSpeed. `compact`, ChildTuning-D: only for the child."""
 
     clip: Literal["dense", "child"] | None = None
-    """ChildTuning-D: whose norm `gradient_clipping` compares and `engine.get_global_grad_norm()` tells: the whole gradient's,
-    as in the original code, or the child's. Null is `dense` wherever gradients are clipped; where they are not, a compact
-    child may go deep at ZeRO-3, which keeps the child's gradient alone, and the norm that is told is the child's then."""
+    """ChildTuning-D: the norm that `gradient_clipping` compares and `engine.get_global_grad_norm()` returns: of the whole
+    gradient, as in the original code, or of the child's. Null is `dense` where gradients are clipped. Where they are not, a
+    compact child at ZeRO-3 keeps only its own gradient, so that only its norm is known."""
 
     compat: Literal["original"] | None = None
     """`original`: with ChildTuning-D, weight decay moves the elements outside the child too, as in the original code."""
@@ -166,4 +166,4 @@ def _explain(error: Any) -> str:
 
 
 def _doc(field: Any) -> str:
-    return " ".join((field.description or "").split()) if field is not None else "see the README's table of keys."
+    return " ".join((field.description or "").split()) if field is not None else "see ds_childtune/config.py."

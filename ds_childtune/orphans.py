@@ -1,6 +1,6 @@
-"""End with the launcher: no rank goes on training when the `deepspeed` command is gone.
+"""End with the launcher: no rank trains on when the `deepspeed` command has ended.
 
-On one node, a SIGTERM to `deepspeed` ends that process alone; the one that it started to look after the ranks, and the ranks, would
+On one node, a SIGTERM to `deepspeed` ends only that process; the one that it started to look after the ranks, and the ranks, would
 train on as orphans. Whoever gets the signal in a container or from a scheduler is `deepspeed`.
 """
 
@@ -30,7 +30,7 @@ def end_with_launcher() -> None:
 
 
 def _watch(keeper: psutil.Process, starter: int) -> None:
-    """`keeper` looks after this node's ranks, and ends them when it is told to; the process `starter` started it."""
+    """`keeper` looks after this node's ranks, and ends them when it is asked to; the process `starter` started it."""
     try:
         # A process whose parent has ended belongs to another one.
         while os.getppid() == keeper.pid and keeper.ppid() == starter:

@@ -1,4 +1,4 @@
-"""Random states of one rank, as tensors, so that dropout and shuffling go on after a resume where they were."""
+"""Random states of one rank, as tensors, so that dropout and shuffling continue after a resume where they were."""
 
 from __future__ import annotations
 

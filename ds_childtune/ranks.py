@@ -109,7 +109,7 @@ def raise_together(error: Exception | None) -> None:
     else:
         kind, text = _kind_and_text(error)
         words = f"{kind} {text}"
-        # On a line of its own, below a progress bar. The log may be on the full disk that the error is about.
+        # On a new line, below a progress bar. The log may be on the full disk that the error is about.
         with suppress(OSError, ValueError):
             print(f"\n[rank {rank}] ds_childtune: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         failed[0, rank // 32] = 1 << rank % 32
@@ -135,7 +135,7 @@ def raise_together(error: Exception | None) -> None:
 
 
 class Unanswered(RuntimeError):
-    """An error of this rank that the others could not be told of. What is left on them cannot be put in order together."""
+    """An error of this rank that did not reach the others. What it leaves on them cannot be cleaned up together."""
 
 
 def _kind_and_text(error: Exception) -> tuple[int, str]:

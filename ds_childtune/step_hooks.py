@@ -176,7 +176,7 @@ class StepHooks:
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self.chosen_child().after_step()
         if self._self_check is not None and self._self_check.looks:
-            # Adafactor may have none of its own.
+            # Adafactor's may be None.
             self._self_check.after_step(max(float(group["lr"] or 0) for group in optimizer.param_groups))
         tensors = (tensor for group in optimizer.param_groups for tensor in group["params"])
         self._stepped.update(tensor for tensor in tensors if self._is_stepped(tensor))

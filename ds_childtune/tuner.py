@@ -25,7 +25,9 @@ from ds_childtune.report import ParameterReport, Report
 from ds_childtune.selection.contrast import check_against, contrast
 from ds_childtune.selection.eligible import eligible_names
 from ds_childtune.selection.fisher import Fisher
-from ds_childtune.selection.fisher_pass import LossFunction, check_batches, default_loss, estimate_fisher
+from ds_childtune.selection.fisher_pass import estimate_fisher
+from ds_childtune.selection.loss import LossFunction, default_loss
+from ds_childtune.selection.rounds import check_batches
 from ds_childtune.selection.selectors import (
     ShardScores,
     cut_at,
@@ -267,7 +269,7 @@ class ChildTuner:
     # ---------------------------------------------------------------- the child on its own
 
     def export(self, path: str | Path) -> None:
-        """Write ChildTuning-D's child alone, in Hugging Face names: see [Note: export], and `apply_child`. A collective.
+        """Write only ChildTuning-D's child, in Hugging Face names: see [Note: export], and `apply_child`. A collective.
 
         Args:
             path: a folder that every rank sees. A child that it had before is replaced in one instant.

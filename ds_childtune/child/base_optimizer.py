@@ -2,7 +2,7 @@
 
 [Note: one counter for a group]
 DeepSpeed's FusedAdam and FusedLion hand all tensors of a param group to one kernel, with the step counter of the last tensor that has
-a gradient, and count on in that one's state alone. So the counters of the others stay behind, and who takes a tensor out of its
+a gradient, and count only in that one's state. So the counters of the others stay behind, and taking a tensor out of its
 group - another ZeRO stage, another world size, another child - would find one that says it was never stepped. Before that, every
 tensor of a group is given the group's counter. It changes no step: the optimizer reads the last one, which has it already.
 """

@@ -1,4 +1,4 @@
-"""The child's elements of one flat shard, as a tensor of their own: see [Note: child shards]."""
+"""The child's elements of one flat shard, as a separate tensor: see [Note: child shards]."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class ChildShard:
 
 
 def put_(flat: Tensor, index: Tensor, values: Tensor) -> None:
-    """flat[index] = values, in tiles, as `index_copy_` wants an int64 index twice the size of ours."""
+    """flat[index] = values, in tiles, because `index_copy_` needs an int64 index, twice the size of ours."""
     size = tile_of(flat.device)
     for places, value in zip(index.split(size), values.split(size), strict=True):
         flat.index_copy_(0, places.long(), value.to(flat.dtype))

@@ -64,7 +64,7 @@ class DenseChild:
         if behaviour.keeps_weights and any(optimizer.state.get(s.tensor) for s in shards):
             raise NotImplementedError(
                 f"select: {behaviour.name} keeps copies of weights in its state. Expected none of them before a child is chosen,"
-                " got those of earlier steps, which outside the child would go on acting. Remedy: attach and select before the"
+                " got those of earlier steps, which would still act outside the child. Remedy: attach and select before the"
                 " first step, or use AdamW, SGD or Lion."
             )
         self.shards: Mapping[Tensor, ChildShard] = {}
@@ -72,7 +72,7 @@ class DenseChild:
         self._behaviour = behaviour
         self._decay_outside = decay_outside
         masks = list(masks)
-        # The host waits once, not for each parameter, which at ZeRO 0 has a shard of its own.
+        # The host waits once, not for each parameter, as at ZeRO 0 each has its own shard.
         whole = torch.stack([mask.all().to(masks[0].device) for mask in masks]).tolist() if masks else []
         self._masks = {s.tensor: None if all_ else m for s, m, all_ in zip(shards, masks, whole, strict=True)}
         """By flat shard: bool 1-D, True = trained; None where the whole shard is."""

@@ -9,9 +9,9 @@ so that the same mask comes at any world size and ZeRO stage and on resume, with
 
 [Note: the generator]
 A 64-bit digest of (seed, name, index block) gives two 32-bit base keys per fragment. `step_keys` mixes the step into
-them: an odd multiplier and an increment. `bits` sends the index through this affine map, a function of its own for
+them: an odd multiplier and an increment. `bits` sends the index through this affine map, which is another function for
 every key and not a window on one sequence, and then through a 32-bit finaliser (constants of C. Wellons' "lowbias32",
-public domain) less its last xor-shift, which would change low bits alone. An element is kept when its 32 bits are at or
+public domain) less its last xor-shift, which would change only low bits. An element is kept when its 32 bits are at or
 below a limit that stands for p.
 """
 
@@ -30,7 +30,7 @@ INDEX_BLOCK = 1 << 30
 
 
 _CPU_TILE, _DEVICE_TILE = 1 << 15, 1 << 22
-"""Elements per eager tile. Three int32 buffers and the gradient stay in a core's second-level cache; accelerators want few."""
+"""Elements per eager tile. Three int32 buffers and the gradient fit a core's second-level cache; accelerators are faster with few."""
 
 
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))

@@ -47,7 +47,7 @@ def _mask_and_scale(grad: Tensor, lane: Tensor, key: Tensor, limit: int, scale: 
 def _fold(numel: int) -> tuple[int, int]:
     """(rows, lanes) of a fold of all `numel` elements, or of all but fewer than 2 * `_LANES` at the end.
 
-    At least two rows, or none: the compiler makes a kernel of its own for sizes of 0 and 1, and gives up after a few kernels.
+    At least two rows, or none: the compiler makes a separate kernel for sizes of 0 and 1, and gives up after a few kernels.
     """
     lanes = min(math.gcd(numel, _LANES), numel // 2)
     if lanes < _FEW_LANES:
@@ -124,7 +124,7 @@ def _runs(pieces: Sequence[Fragment], size: int) -> Iterator[tuple[int, int]]:
 
 
 class _Run:
-    """The eager kernel for neighbouring pieces, each with keys of its own: of thousands of small ones, few are the host's work."""
+    """The eager kernel for neighbouring pieces, each with its own keys: the host launches one kernel for thousands of small ones."""
 
     def __init__(self, pieces: Sequence[Fragment], first: int, last: int, device: torch.device) -> None:
         self.first, self.last = first, last

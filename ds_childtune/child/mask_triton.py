@@ -1,6 +1,6 @@
 """ChildTuning-F's mask in one launch for a whole flat shard, on accelerators that have Triton.
 
-A shard holds hundreds of fragments, each with keys of its own. One launch for each would cost more than the masks, so the shard is cut
+A shard holds hundreds of fragments, each with its own keys. One launch for each would cost more than the masks, so the shard is cut
 into blocks that lie in one fragment, and a table on the device says which. The arithmetic is that of `mask_kernels.py`, bit for bit.
 """
 

@@ -41,7 +41,7 @@ def tried(optimizer: torch.optim.Optimizer, shards: Sequence[FlatShard], config:
 
 
 def put_back(behaviour: Behaviour, config: ChildTuningConfig, weight_decay: bool) -> str | None:
-    """What to tell of an optimizer that moves what is outside a child, or None."""
+    """What to say of an optimizer that moves elements outside a child, or None."""
     if config.mode == "ChildTuning-F" or config.optimizer_state == "compact" or config.compat is not None:
         return None
     if behaviour.untried is not None:
@@ -49,7 +49,7 @@ def put_back(behaviour: Behaviour, config: ChildTuningConfig, weight_decay: bool
     elif behaviour.moves_outside:
         why = f"{behaviour.name} may move elements that have no gradient"
     elif weight_decay and behaviour.decay == "other":
-        why = f"{behaviour.name} decays weights in a way of its own"
+        why = f"{behaviour.name} decays weights in an unknown way"
     else:
         return None
     return f"{why}: what is outside the child is put back after each step"

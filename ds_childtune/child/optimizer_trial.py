@@ -1,13 +1,13 @@
 """What a base optimizer does to weights, found out by trying one of its kind: see [Note: trying an optimizer].
 
 [Note: trying an optimizer]
-A child rests on what the base optimizer does, and its name does not tell. So a new instance of the same class, with the
+A child rests on what the base optimizer does, and its name does not say that. So a new instance of the same class, with the
 hyper-parameters of a param group, takes six steps on made-up tensors, with gradients that grow here and shrink there:
 
     does an element that never has a gradient stay where it is, bit for bit        else it is put back after each step
     what its state holds: a number for each element, or counters                   else no compact child
     what that is where there never was a gradient: one number, or the weight       else state is not cleared
-    do some elements come to the same values as tensors of their own               else no compact child
+    do some elements come to the same values as separate tensors                   else no compact child
     and if a new instance takes them over half-way, with their state               else no compact child
     how it decays weights: w <- (1 - lr * decay) * w, or g <- g + decay * w        else it decays everything, which is put back
 
@@ -18,15 +18,15 @@ cannot be tried, since its constructor asks for more than hyper-parameters, is t
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_childtune.child.base_optimizer import per_element, share_counters
+from ds_childtune.child.optimizer_twin import Twin, _arguments, hyper_parameters
 from ds_childtune.child.weight_decay import Decay, decay_gradient_, decay_weights_
 
 Optimizer = torch.optim.Optimizer
@@ -34,9 +34,9 @@ Group = dict[str, Any]
 
 _LARGE = (1 << 8, 1 << 8)
 _SMALL = (8, 5)
+_WEIGHT_DECAY = 0.1
 _HALF = 3
 """Steps until state is cleared, or moved; and steps after that."""
-_LR, _DECAY = 1e-2, 0.1
 _NEVER, _CLEARED, _CHILD = 0, 1, 2
 """Kinds of elements, by index modulo 5: never a gradient; none once its state was cleared half-way; the child. And others."""
 
@@ -72,7 +72,7 @@ class Behaviour:
 
 
 def behaviour_of(optimizer: Optimizer, tensors: Sequence[Tensor], *, compact: bool) -> Behaviour:
-    """Try `optimizer`. See [Note: trying an optimizer]. The global generators of random numbers go on.
+    """Try `optimizer`. See [Note: trying an optimizer]. It draws from the global generators of random numbers.
 
     Args:
         tensors: what it steps: their shape, dtype and device count.
@@ -84,7 +84,7 @@ def behaviour_of(optimizer: Optimizer, tensors: Sequence[Tensor], *, compact: bo
     for group in optimizer.param_groups:
         key = (
             type(optimizer),
-            repr(_hyper(group)),
+            repr(hyper_parameters(group)),
             repr(_arguments(optimizer)),
             like.device,
             like.dtype,
@@ -122,7 +122,7 @@ def _of_all(groups: Sequence[Behaviour]) -> Behaviour:
 
 
 def _tried_once(optimizer: Optimizer, group: Group, like: Tensor, *, shaped: bool, compact: bool) -> Behaviour:
-    name, hyper = type(optimizer).__name__, _hyper(group)
+    name, hyper = type(optimizer).__name__, hyper_parameters(group)
     # A group may hold counters of earlier steps, with which a new instance does not begin.
     bare = {k: v for k, v in hyper.items() if k in optimizer.defaults}
     untried = ""
@@ -139,79 +139,6 @@ def _tried_once(optimizer: Optimizer, group: Group, like: Tensor, *, shaped: boo
 # ---------------------------------------------------------------- a new instance
 
 
-def _hyper(group: Group) -> Group:
-    """A param group's entries, but for its tensors and its learning rate, which may be 0 in a warm-up."""
-    kept = {k: v for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
-    if isinstance(kept.get("lr"), Tensor):
-        kept["lr"] = torch.full_like(kept["lr"], _LR)
-    elif kept.get("lr") is not None:
-        kept["lr"] = _LR
-    return kept
-
-
-def _arguments(optimizer: Optimizer) -> dict[str, Any]:
-    """What its constructor takes and the optimizer tells: defaults, and plain attributes of the same name but for underscores."""
-    defaults: dict[str, Any] = getattr(optimizer, "defaults", {})
-    told = {name.replace("_", ""): value for name, value in vars(optimizer).items() if _is_plain(value)}
-    arguments = {}
-    parameters = list(inspect.signature(type(optimizer)).parameters.values())[1:]
-    for parameter in parameters:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        if parameter.name in defaults:
-            arguments[parameter.name] = defaults[parameter.name]
-        elif parameter.name.replace("_", "") in told:
-            arguments[parameter.name] = told[parameter.name.replace("_", "")]
-    if arguments.get("lr") is not None:
-        arguments["lr"] = _LR
-    return arguments
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(_is_plain(v) for v in value)
-    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
-
-
-@dataclass
-class _Stepper:
-    """An instance that steps one set of tensors after another."""
-
-    optimizer: Optimizer
-    begins: Group
-    """What its param group holds before the first step, but for the tensors."""
-    params: list[nn.Parameter] = field(default_factory=list)
-
-    @classmethod
-    def new(cls, optimizer: Optimizer, hyper: Group, like: Tensor) -> _Stepper:
-        params = [nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))]
-        made = type(optimizer)([{**copy.deepcopy(hyper), "params": params}], **_arguments(optimizer))
-        return cls(made, copy.deepcopy({k: v for k, v in made.param_groups[0].items() if k != "params"}))
-
-    def begin(self, weights: Iterable[Tensor], *, weight_decay: float = 0.0) -> None:
-        """Step copies of `weights` from here on, as if nothing had been stepped before."""
-        self.params = [nn.Parameter(w.clone()) for w in weights]
-        self.optimizer.state.clear()
-        (group,) = self.optimizer.param_groups
-        group.clear()  # of counters, too
-        group |= copy.deepcopy(self.begins) | {"params": self.params}
-        if "weight_decay" in self.begins:
-            group["weight_decay"] = weight_decay
-
-    @property
-    def group(self) -> Group:
-        group: Group = self.optimizer.param_groups[0]
-        return group
-
-    def step(self, gradients: Iterable[Tensor]) -> None:
-        for param, gradient in zip(self.params, gradients, strict=True):
-            param.grad = gradient.clone().view_as(param)
-        self.optimizer.step()
-
-    def weights(self) -> list[Tensor]:
-        return [p.detach().clone().view(-1) for p in self.params]
-
-
 # ---------------------------------------------------------------- the trial
 
 
@@ -224,7 +151,7 @@ class _Trial:
             hyper: entries of a param group.
             shaped: whether some tensors are matrices, as parameters are without ZeRO.
         """
-        self._new: Callable[[], _Stepper] = lambda: _Stepper.new(optimizer, hyper, like)
+        self._new: Callable[[], Twin] = lambda: Twin.new(optimizer, hyper, like)
         self._name = type(optimizer).__name__
         self._decays = "weight_decay" in hyper
         self._like = like
@@ -287,10 +214,10 @@ class _Trial:
         keeps_weights = rest_values is None and not odd
         return Behaviour(self._name, rests, decay, rest_values, keeps_weights, against)
 
-    def _begin(self, stepper: _Stepper) -> None:
+    def _begin(self, stepper: Twin) -> None:
         stepper.begin(w.view(shape) for w, shape in zip(self._start, self._shapes, strict=True))
 
-    def _rests(self, stepper: _Stepper, steps: Iterable[int], resting: Sequence[Tensor]) -> bool:
+    def _rests(self, stepper: Twin, steps: Iterable[int], resting: Sequence[Tensor]) -> bool:
         """Take the steps; whether `resting` elements, bool, were where they are after each of them."""
         before = [w[at] for w, at in zip(stepper.weights(), resting, strict=True)]
         rests = True
@@ -300,7 +227,7 @@ class _Trial:
             rests &= all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         return rests
 
-    def _child_s_state(self, stepper: _Stepper) -> tuple[Group, list[dict[str, Any]]]:
+    def _child_s_state(self, stepper: Twin) -> tuple[Group, list[dict[str, Any]]]:
         """Copies of the group's entries and, by tensor, of the state of the child's elements."""
         share_counters(stepper.optimizer, [stepper.params])
         group = copy.deepcopy({k: v for k, v in stepper.group.items() if k != "params"})
@@ -313,7 +240,7 @@ class _Trial:
         return group, states
 
     def _against(self, half: list[Tensor], end: list[Tensor], moved: tuple[Group, list[dict[str, Any]]]) -> str | None:
-        """Whether the child's elements, as tensors of their own, come to other values."""
+        """Whether the child's elements, as separate tensors, come to other values."""
         start = [w[index] for w, index in zip(self._start, self._child, strict=True)]
         middle = [w[index] for w, index in zip(half, self._child, strict=True)]
         stepper = self._new()
@@ -332,16 +259,16 @@ class _Trial:
             return "keeps more than its state dict, so that a new one cannot go on from it"
         return None
 
-    def _step_child(self, stepper: _Stepper, steps: Iterable[int]) -> None:
+    def _step_child(self, stepper: Twin, steps: Iterable[int]) -> None:
         for step in steps:
             stepper.step(g[index] for g, index in zip(self._gradients[step], self._child, strict=True))
 
     @staticmethod
     def _same(before: list[Tensor], expected: list[Tensor], got: list[Tensor]) -> bool:
-        """Whether all but a few elements agree, but for the rounding of another kernel."""
+        """Whether nearly all elements agree, up to the rounding of another kernel."""
         return all(_close(g, e, e - b, 1e-3) for b, e, g in zip(before, expected, got, strict=True))
 
-    def _decay(self, stepper: _Stepper) -> Decay:
+    def _decay(self, stepper: Twin) -> Decay:
         """Which formula comes to the same weights as the optimizer's own decay. In fp32: in 16 bits a decay rounds to nothing."""
         numel = self._start[-1].numel()
         start, gradients = self._numbers(numel), [self._numbers(numel) for _ in range(_HALF)]
@@ -351,13 +278,13 @@ class _Trial:
             for each in gradients:
                 gradient = each.clone()
                 if decay == "decoupled":
-                    decay_weights_(stepper.params[0], None, 1 - stepper.group["lr"] * _DECAY)
+                    decay_weights_(stepper.params[0], None, 1 - stepper.group["lr"] * _WEIGHT_DECAY)
                 elif decay == "l2":
-                    decay_gradient_(gradient, stepper.params[0], {**stepper.group, "weight_decay": _DECAY})
+                    decay_gradient_(gradient, stepper.params[0], {**stepper.group, "weight_decay": _WEIGHT_DECAY})
                 stepper.step([gradient])
             return stepper.weights()[0]
 
-        expected, bare = after("none", _DECAY), after("none", 0.0)
+        expected, bare = after("none", _WEIGHT_DECAY), after("none", 0.0)
         if torch.equal(expected, bare):
             return "none"
         candidates: tuple[Decay, ...] = ("l2", "decoupled")
@@ -370,7 +297,7 @@ def _close(got: Tensor, expected: Tensor, change: Tensor, share: float) -> bool:
     return bool(((got - expected).abs() <= share * change.abs() + spacing).float().mean() >= 0.99)
 
 
-def _odd_state(stepper: _Stepper) -> str:
+def _odd_state(stepper: Twin) -> str:
     """What the state holds that is neither a value for each element nor a counter, or an empty string."""
     for param in stepper.params:
         for key, value in stepper.optimizer.state.get(param, {}).items():
@@ -386,7 +313,7 @@ def _is_moment(value: Tensor, param: Tensor) -> bool:
     return per_element(value, param) and value.dtype.is_floating_point
 
 
-def _rest_values(stepper: _Stepper, resting: Sequence[Tensor]) -> dict[str, float] | None:
+def _rest_values(stepper: Twin, resting: Sequence[Tensor]) -> dict[str, float] | None:
     """By entry, what it is for every element that never had a gradient; None where that differs between elements."""
     values: dict[str, float] = {}
     for param, at in zip(stepper.params, resting, strict=True):
@@ -400,7 +327,7 @@ def _rest_values(stepper: _Stepper, resting: Sequence[Tensor]) -> dict[str, floa
     return values
 
 
-def _clear(stepper: _Stepper, rest_values: Mapping[str, float], cleared: Sequence[Tensor]) -> None:
+def _clear(stepper: Twin, rest_values: Mapping[str, float], cleared: Sequence[Tensor]) -> None:
     for param, at in zip(stepper.params, cleared, strict=True):
         for key, value in stepper.optimizer.state.get(param, {}).items():
             if per_element(value, param):

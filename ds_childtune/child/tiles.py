@@ -6,5 +6,5 @@ import torch
 
 
 def tile_of(device: torch.device) -> int:
-    """Elements. On a CPU a few buffers of that size stay in its caches; a device wants few kernels, and has room for such buffers."""
+    """Elements. On a CPU a few buffers of that size fit its caches; a device is faster with few kernels, and has the room."""
     return 1 << 20 if device.type == "cpu" else 1 << 24

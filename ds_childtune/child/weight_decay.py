@@ -3,7 +3,7 @@
 [Note: decay inside the child]
 Masked gradients and moments leave an element where it is, but weight decay moves every element of a shard. While a
 fixed child is trained with dense optimizer state, the decay is therefore applied here, in the base optimizer's own
-order and formula but to the child alone, and the group's `weight_decay` is zero for the length of the call:
+order and formula but only to the child, and the group's `weight_decay` is zero for the length of the call:
 
     decoupled (AdamW, Lion)       w <- (1 - lr * weight_decay) * w       before the update
     L2 (SGD, Adam, Adagrad, ...)  g <- g + weight_decay * w              before the mask

@@ -99,7 +99,7 @@ def positive(scores: ShardScores, names: Sequence[str]) -> Positive:
 def masks_inside(shards: Sequence[FlatShard], scores: ShardScores, cut: Cut) -> Iterator[Tensor]:
     """The child's mask for each flat shard: bool 1-D, True outside eligible fragments too.
 
-    One shard at a time, and its scores are let go: they are what a Fisher pass costs.
+    One shard at a time. Its scores are freed then: they are what a Fisher pass costs.
     """
     for i, shard in enumerate(shards):
         mask = torch.ones(shard.numel, dtype=torch.bool, device=shard.tensor.device)

@@ -18,12 +18,13 @@ At ZeRO 0 and 1, which keep whole gradients in training too, they stay on the pa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from ds_childtune.ranks import Unanswered
+from ds_childtune.zero.overrides import Overrides
 from ds_childtune.zero.reduction import Piece
 
 Engine = Any
@@ -87,9 +88,9 @@ def calibration(engine: Engine, ready: Ready) -> Iterator[Backward]:
     before = _values(engine)
     depth = len(_modules_in_forward(engine))
     engine.zero_grad()
-    with ExitStack() as overrides:
+    with Overrides() as overrides:
         for name, method in _replacements(engine, ready).items():
-            overrides.enter_context(_replaced(optimizer, name, method))
+            overrides.method(optimizer, name, method)
         engine.inside_no_sync_ctxt = True
         try:
             yield lambda loss: _backward(engine, loss)
@@ -136,20 +137,6 @@ def _replacements(engine: Engine, ready: Ready) -> dict[str, Callable[..., Any]]
     if hasattr(optimizer, "scale_if_loss"):
         replaced["scale_if_loss"] = lambda loss: loss
     return replaced
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """`method` in place of the instance's for the length of a `with`; what the instance had of its own comes back."""
-    before = vars(owner).get(name)
-    setattr(owner, name, method)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
 
 
 def _backward(engine: Engine, loss: Tensor) -> None:

@@ -14,6 +14,7 @@ from ds_childtune.shards import FlatShard
 from ds_childtune.zero.checkpoint_read import PLAIN, What
 from ds_childtune.zero.engine import base_optimizer
 from ds_childtune.zero.layout import SavedShard
+from ds_childtune.zero.overrides import Overrides
 
 Engine = Any
 
@@ -59,9 +60,14 @@ def refuse_universal(engine: Engine) -> None:
 @contextmanager
 def frozen_may_be_missing(engine: Engine) -> Iterator[None]:
     """A strict load takes a checkpoint that was saved without frozen parameters, as PEFT's are: those of the model stay."""
-    load = engine.load_module_state_dict
 
-    def call(checkpoint: dict[str, Any], strict: bool = True, custom_load_fn: Any = None, **kwargs: Any) -> Any:
+    def load_module(
+        load: Callable[..., Any],
+        checkpoint: dict[str, Any],
+        strict: bool = True,
+        custom_load_fn: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         if strict and custom_load_fn is None:
             expected, got = set(engine.module.state_dict()), set(checkpoint["module"])
             named = engine.module.named_parameters(remove_duplicate=False)
@@ -69,11 +75,9 @@ def frozen_may_be_missing(engine: Engine) -> Iterator[None]:
             strict = bool(got - expected) or bool(expected - got - frozen)
         return load(checkpoint=checkpoint, strict=strict, custom_load_fn=custom_load_fn, **kwargs)
 
-    engine.load_module_state_dict = call
-    try:
+    with Overrides() as overrides:
+        overrides.around(engine, "load_module_state_dict", load_module)
         yield
-    finally:
-        del engine.load_module_state_dict
 
 
 def written_files(engine: Engine, save_dir: str, tag: str) -> dict[What, Path]:
@@ -107,23 +111,20 @@ def _keeping_errors(*places: tuple[Any, str, Any]) -> Iterator[list[Exception]]:
     """
     errors: list[Exception] = []
 
-    def kept(function: Callable[..., Any], result: Any) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
+    def keeping(result: Any) -> Callable[..., Any]:
+        def call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             try:
-                return function(*args, **kwargs)
+                return original(*args, **kwargs)
             except Exception as error:
                 errors.append(error)
                 return result
 
         return call
 
-    for owner, name, result in places:
-        setattr(owner, name, kept(getattr(owner, name), result))
-    try:
+    with Overrides() as overrides:
+        for owner, name, result in places:
+            overrides.around(owner, name, keeping(result))
         yield errors
-    finally:
-        for owner, name, _ in places:
-            delattr(owner, name)
 
 
 @contextmanager
@@ -157,21 +158,20 @@ def dense_masters(engine: Engine, shards: Sequence[FlatShard]) -> Iterator[None]
     if name is None:
         yield
         return
-    masters = getattr(optimizer, name)
     alone = [_alone(s.tensor) for s in shards]
     state = base_optimizer(engine).state
     # ZeRO-3 fills its param groups from the list for a state dict; at ZeRO 1 and 2 they hold the flat shards themselves.
     pairs = zip((s.tensor for s in shards), alone, strict=True) if name == lists[0] else ()
     moved = [(tensor, copy) for tensor, copy in pairs if copy is not tensor and tensor in state]
-    setattr(optimizer, name, alone)
-    for tensor, copy in moved:
-        state[copy] = state.pop(tensor)
-    try:
-        yield
-    finally:
-        setattr(optimizer, name, masters)
+    with Overrides() as overrides:
+        overrides.attribute(optimizer, name, alone)
         for tensor, copy in moved:
-            state[tensor] = state.pop(copy)
+            state[copy] = state.pop(tensor)
+        try:
+            yield
+        finally:
+            for tensor, copy in moved:
+                state[tensor] = state.pop(copy)
 
 
 def _alone(tensor: Tensor) -> Tensor:

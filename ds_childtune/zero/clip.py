@@ -13,7 +13,7 @@ needed: no gradient but the child's is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ds_childtune.child.tiles import tile_of
 from ds_childtune.shards import FlatShard
+from ds_childtune.zero.overrides import Overrides
 
 
 class Child(Protocol):
@@ -49,27 +50,23 @@ class NormOfChild:
         self._parameters = parameters
         self._child = child
         if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-            self._where, self._name, mask = optimizer, "_get_norm_groups", self._mask_partitions
+            where, name, mask = optimizer, "_get_norm_groups", self._mask_partitions
         elif hasattr(optimizer, "single_partition_of_fp32_groups"):
-            self._where, self._name, mask = optimizer, "scaled_global_norm", self._mask_partitions
+            where, name, mask = optimizer, "scaled_global_norm", self._mask_partitions
         elif hasattr(optimizer, "fp16_groups"):
-            self._where, self._name, mask = optimizer, "step", self._mask_parameters
+            where, name, mask = optimizer, "step", self._mask_parameters
         else:
-            self._where, self._name, mask = engine, "clip_fp32_gradients", self._mask_parameters
-        self._mask = mask
-        self.install()
+            where, name, mask = engine, "clip_fp32_gradients", self._mask_parameters
 
-    def install(self) -> None:
-        original = getattr(type(self._where), self._name)
+        def masking(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            mask()
+            return original(*args, **kwargs)
 
-        def masking(*args: Any, **kwargs: Any) -> Any:
-            self._mask()
-            return original(self._where, *args, **kwargs)
-
-        setattr(self._where, self._name, masking)
+        self._overrides = Overrides()
+        self._overrides.around(where, name, masking)
 
     def remove(self) -> None:
-        delattr(self._where, self._name)
+        self._overrides.remove()
 
     def _mask_partitions(self) -> None:
         optimizer = self._optimizer

@@ -18,6 +18,7 @@ from ds_childtune.child.base_optimizer import per_element
 from ds_childtune.child.child_shard import ChildShard, put_
 from ds_childtune.child.compact import CompactChild
 from ds_childtune.zero.compact_stage12 import mapped_to
+from ds_childtune.zero.overrides import Overrides
 
 _SETS = "safe_set_full_fp32_param and safe_set_full_optimizer_state"
 
@@ -43,30 +44,27 @@ class _Mapped:
     """What the parameters of ZeRO 1 and 2 know about their fragment of the optimizer's state."""
 
     def __init__(self, optimizer: Any, child: CompactChild, flats: Any, groups: Any) -> None:
-        self._optimizer = optimizer
         self._child = child
+        self._overrides = put = Overrides()
         pairs = [(flat, param) for flat, group in zip(flats, groups, strict=True) for param in group]
         self._linked = _link_in_order(optimizer)
         self._mapped = [(flat, param._hp_mapping) for flat, param in pairs if param._hp_mapping is not None]
         for flat, mapping in self._mapped:
             mapping.optim_fragment = {}  # what is there are views of dense moments, which would keep them alive
-            mapping.get_hp_fragment = self._reader(child.shards[flat], mapping)
-        self._setters = [(param, param.set_full_hp_param) for _, param in pairs]
-        for param, method in self._setters:
-            param.set_full_hp_param = _setting_weights_alone(method) if child.depth == "wrap" else _refusing(_SETS)
+            put.method(mapping, "get_hp_fragment", self._reader(child.shards[flat], mapping))
+        for _, param in pairs:
+            if child.depth == "wrap":
+                put.around(param, "set_full_hp_param", _set_weights)
+            else:
+                put.method(param, "set_full_hp_param", _refusing(_SETS))
         # It drops every `_hp_mapping` and makes new ones from dense state.
-        optimizer.offload_states = _refusing("offload_states")
+        put.method(optimizer, "offload_states", _refusing("offload_states"))
         if child.depth == "deep":
-            optimizer._restore_from_bit16_weights = self._restore_from_bit16_weights
+            put.method(optimizer, "_restore_from_bit16_weights", self._restore_from_bit16_weights)
 
     def remove(self) -> None:
-        del self._optimizer.offload_states
-        if self._child.depth == "deep":
-            del self._optimizer._restore_from_bit16_weights
-        for param, method in self._setters:
-            param.set_full_hp_param = method
+        self._overrides.remove()
         for flat, mapping in self._mapped:
-            del mapping.get_hp_fragment
             mapping.set_optim_state_fragment(flat, self._child.optimizer.state.get(flat, {}))
         for link in self._linked:
             link.put_back(self._child.optimizer.state)
@@ -135,13 +133,11 @@ def _link_in_order(optimizer: Any) -> list[_Link]:
     return before
 
 
-def _setting_weights_alone(method: Callable[..., None]) -> Callable[..., None]:
-    def set_full_hp_param(value: Tensor, optim_state_key: str | None = None) -> None:
-        if optim_state_key is not None:
-            _refusing("safe_set_full_optimizer_state")()
-        method(value)
-
-    return set_full_hp_param
+def _set_weights(set_full_hp_param: Callable[..., Any], value: Tensor, optim_state_key: str | None = None) -> None:
+    """Weights are set as they are without a child; the optimizer's state is not."""
+    if optim_state_key is not None:
+        _refusing("safe_set_full_optimizer_state")()
+    set_full_hp_param(value)
 
 
 class _ZeroThree:
@@ -160,19 +156,19 @@ class _ZeroThree:
         if child.depth == "deep":
             methods |= {
                 "_restore_from_bit16_weights": self._restore_from_bit16_weights,
-                "_get_fp32_grad_state_partition": self._grad_partition,
                 "set_fp32_grad_for_param": _refusing("safe_set_full_grad"),
                 "set_local_grad_for_param": _refusing("safe_set_local_grad"),
                 "update_fp32_grad_for_param_vectorized": _refusing("safe_update_full_grad_vectorized"),
                 "offload_states": _refusing("offload_states"),
             }
+        self._overrides = Overrides()
         for name, method in methods.items():
-            setattr(optimizer, name, method)
-        self._names = tuple(methods)
+            self._overrides.method(optimizer, name, method)
+        if child.depth == "deep":
+            self._overrides.around(optimizer, "_get_fp32_grad_state_partition", self._grad_partition)
 
     def remove(self) -> None:
-        for name in self._names:
-            delattr(self._optimizer, name)
+        self._overrides.remove()
 
     def _state_partition(
         self, param: Any, release_swap_buffers: bool, optim_state_key: str | None = None
@@ -183,10 +179,12 @@ class _ZeroThree:
             return _state(self._child, shard, optim_state_key, start, numel), sub_group
         return _weights(shard, start, numel), sub_group
 
-    def _grad_partition(self, param: Any, release_swap_buffers: bool) -> tuple[Tensor, int]:
+    def _grad_partition(
+        self, original: Callable[..., Any], param: Any, release_swap_buffers: bool
+    ) -> tuple[Tensor, int]:
         optimizer = self._optimizer
         sub_group, start, numel = optimizer.grad_position[optimizer.get_param_id(param)]
-        values, _ = type(optimizer)._get_fp32_grad_state_partition(optimizer, param, release_swap_buffers)
+        values, _ = original(param, release_swap_buffers)
         shard = self._shards[sub_group]
         first, last = shard.span(start, numel)
         dense = torch.zeros(numel, dtype=values.dtype, device=values.device)

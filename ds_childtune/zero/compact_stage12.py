@@ -15,12 +15,13 @@ result, so there is no small place to index gradients earlier. What is lost of m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ds_childtune.child.child_shard import ChildShard
+from ds_childtune.zero.overrides import Overrides
 
 
 def parameter_partitions(optimizer: Any) -> list[tuple[Tensor, Tensor, list[Any]]]:
@@ -50,16 +51,17 @@ class ZeroTwoPlumbing:
     def __init__(self, engine: Any) -> None:
         self._optimizer = engine.optimizer
         self._shards: list[ChildShard] = []
+        self._overrides = Overrides()
 
     def install(self, shards: Sequence[ChildShard]) -> None:
         self._shards = list(shards)
         for flat, lp, mappings in parameter_partitions(self._optimizer):
             flat.data = lp.data
             mapped_to(flat, mappings)
-        self._optimizer.unscale_and_clip_grads = self._unscale_and_clip_grads
+        self._overrides.around(self._optimizer, "unscale_and_clip_grads", self._unscale_and_clip_grads)
 
     def remove(self) -> None:
-        del self._optimizer.unscale_and_clip_grads
+        self._overrides.remove()
         self._shards = []
 
     def restore_dense(self, shards: Sequence[ChildShard]) -> None:
@@ -69,11 +71,12 @@ class ZeroTwoPlumbing:
             mapped_to(flat, mappings)
             shard.scatter()
 
-    def _unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: Any) -> None:
+    def _unscale_and_clip_grads(
+        self, original: Callable[..., Any], grad_groups_flat: list[Tensor], total_norm: Any
+    ) -> Any:
         """Called with the flat gradient of one group."""
-        optimizer = self._optimizer
         (gradient,) = grad_groups_flat
         shard = next(s for s in self._shards if s.flat.tensor.grad is gradient)
         shard.flat.tensor.grad = None
         shard.tensor.grad = gradient.index_select(0, shard.index).to(shard.tensor.dtype)
-        type(optimizer).unscale_and_clip_grads(optimizer, [shard.tensor.grad], total_norm)
+        return original([shard.tensor.grad], total_norm)

@@ -27,7 +27,8 @@ from typing import Any
 from torch import Tensor
 
 from ds_childtune.child.child_shard import ChildShard, put_
-from ds_childtune.zero.lean_start import make_gradient_buffer, parameters, restore_gradients
+from ds_childtune.zero.lean_start import make_dense_gradient_buffer, make_gradient_buffer, parameters, take_gradients
+from ds_childtune.zero.overrides import Overrides
 
 _FEW = 1 << 16
 """Elements of a child in a partition whose places there are kept."""
@@ -85,8 +86,7 @@ class ZeroThreePlumbing:
         """By `ds_id` of the parameter."""
         self._flats: list[Tensor] = []
         """Flat shards, while child shards stand in DeepSpeed's list."""
-        self._overridden: dict[str, Any] = {}
-        """What the instance had of its own before, by name."""
+        self._overrides = Overrides()
 
     def install(self, shards: Sequence[ChildShard]) -> None:
         optimizer = self._optimizer
@@ -105,15 +105,16 @@ class ZeroThreePlumbing:
             for key, (i, start, numel) in at.items()
         }
         make_gradient_buffer(optimizer, {i: p.last - p.first for i, p in self._partitions.items()})
-        self._override("partition_grads", self._partition_grads)
-        self._override("_prepare_fp32_grad_for_sub_group", self._prepare_fp32_grad_for_sub_group)
-        self._override("_reassign_or_swap_out_partitioned_parameters", optimizer._unflatten_partitioned_parameters)
+        take_gradients(optimizer)
+        put = self._overrides
+        put.around(optimizer, "partition_grads", self._partition_grads)
+        put.around(optimizer, "_prepare_fp32_grad_for_sub_group", self._prepare_fp32_grad_for_sub_group)
+        unflatten = optimizer._unflatten_partitioned_parameters
+        put.method(optimizer, "_reassign_or_swap_out_partitioned_parameters", unflatten)
 
     def remove(self) -> None:
         optimizer = self._optimizer
-        for name, before in self._overridden.items():
-            delattr(optimizer, name) if before is None else setattr(optimizer, name, before)
-        self._overridden.clear()
+        self._overrides.remove()
         self._partitions = {}
         optimizer.fp32_partitioned_groups_flat[:] = self._flats
         self._flats = []
@@ -124,18 +125,15 @@ class ZeroThreePlumbing:
             lp = optimizer.fp16_partitioned_groups_flat[i]
             shard.flat.tensor.data = lp.data.to(optimizer.master_weights_and_grads_dtype)
             shard.scatter()
-        restore_gradients(optimizer)
+        make_dense_gradient_buffer(optimizer)
 
-    def _override(self, name: str, method: Callable[..., Any]) -> None:
-        """On the instance; deleting it brings the class's back."""
-        self._overridden[name] = vars(self._optimizer).get(name)
-        setattr(self._optimizer, name, method)
-
-    def _partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> Any:
+    def _partition_grads(
+        self, original: Callable[..., Any], params_to_release: list[Any], grad_partitions: list[Tensor]
+    ) -> Any:
         inside = [self._partitions[p.ds_id].inside(g) for p, g in zip(params_to_release, grad_partitions, strict=True)]
-        return type(self._optimizer).partition_grads(self._optimizer, params_to_release, inside)
+        return original(params_to_release, inside)
 
-    def _prepare_fp32_grad_for_sub_group(self, sub_group_id: int) -> None:
+    def _prepare_fp32_grad_for_sub_group(self, original: Callable[..., Any], sub_group_id: int) -> Any:
         optimizer = self._optimizer
         of = zip(optimizer.fp16_groups[sub_group_id], optimizer.averaged_gradients[sub_group_id], strict=True)
         # DeepSpeed gives a parameter that does not require grad any more a dense partition of zeros.
@@ -144,4 +142,4 @@ class ZeroThreePlumbing:
             for param, grad in of
             for part in [self._partitions[param.ds_id]]
         ]
-        type(optimizer)._prepare_fp32_grad_for_sub_group(optimizer, sub_group_id)
+        return original(sub_group_id)

@@ -15,8 +15,11 @@ from typing import Any, NoReturn
 
 import torch
 
+from ds_childtune.zero.overrides import Overrides
+
 _VIEWS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 _MARK = "ds_childtune_lean"
+"""What a lean optimizer has: the `Overrides` by which it refuses gradients, until it has a buffer for them."""
 
 Optimizer = Any
 """A `DeepSpeedZeroOptimizer_Stage3`."""
@@ -42,25 +45,24 @@ def lean_start() -> Iterator[None]:
     """
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
 
-    create, setup = Stage3._create_fp32_partitions, Stage3._setup_for_real_optimizer
     made = []
 
-    def lean_create(optimizer: Optimizer) -> None:
+    def lean_create(create: Callable[[Optimizer], None], optimizer: Optimizer) -> None:
         _refuse_unsupported(optimizer)
         _create_views(optimizer, create)
 
-    def lean_setup(optimizer: Optimizer) -> None:
+    def lean_setup(setup: Callable[[Optimizer], None], optimizer: Optimizer) -> None:
         setup(optimizer)
         make_gradient_buffer(optimizer, {p.ds_id: 0 for p in parameters(optimizer)})
-        optimizer.partition_grads = _no_gradients
-        setattr(optimizer, _MARK, True)
+        refusing = Overrides()
+        refusing.method(optimizer, "partition_grads", _no_gradients)
+        setattr(optimizer, _MARK, refusing)
         made.append(True)
 
-    Stage3._create_fp32_partitions, Stage3._setup_for_real_optimizer = lean_create, lean_setup
-    try:
+    with Overrides() as overrides:
+        overrides.around(Stage3, "_create_fp32_partitions", lean_create)
+        overrides.around(Stage3, "_setup_for_real_optimizer", lean_setup)
         yield
-    finally:
-        Stage3._create_fp32_partitions, Stage3._setup_for_real_optimizer = create, setup
     if not made:
         raise RuntimeError(
             "lean_start: expected deepspeed.initialize to make a ZeRO-3 engine inside the `with`, got none."
@@ -69,30 +71,35 @@ def lean_start() -> Iterator[None]:
 
 
 def is_lean(engine: Any) -> bool:
-    return bool(getattr(engine.optimizer, _MARK, False))
+    return hasattr(engine.optimizer, _MARK)
 
 
 def restore_dense(optimizer: Optimizer) -> None:
     """Give a lean optimizer everything that DeepSpeed would have given it. Nothing to do for another one."""
-    if not getattr(optimizer, _MARK, False):
+    if not hasattr(optimizer, _MARK):
         return
     pairs = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True)
     for flat, lp in pairs:
         if flat.data_ptr() == lp.data_ptr():
             flat.data = lp.data.to(optimizer.master_weights_and_grads_dtype, copy=True)
-    restore_gradients(optimizer)
+    make_dense_gradient_buffer(optimizer)
+    take_gradients(optimizer)
 
 
-def restore_gradients(optimizer: Optimizer) -> None:
-    """A dense gradient buffer."""
-    make_gradient_buffer(optimizer, {p.ds_id: p.partition_numel() for p in parameters(optimizer)})
-    if getattr(optimizer, _MARK, False):
-        del optimizer.partition_grads
+def take_gradients(optimizer: Optimizer) -> None:
+    """The optimizer has a gradient buffer from here on, so it is not lean any more. Nothing to do for another one."""
+    refusing: Overrides | None = getattr(optimizer, _MARK, None)
+    if refusing is not None:
+        refusing.remove()
         delattr(optimizer, _MARK)
 
 
 def parameters(optimizer: Optimizer) -> list[Any]:
     return [param for group in optimizer.fp16_groups for param in group]
+
+
+def make_dense_gradient_buffer(optimizer: Optimizer) -> None:
+    make_gradient_buffer(optimizer, {p.ds_id: p.partition_numel() for p in parameters(optimizer)})
 
 
 def make_gradient_buffer(optimizer: Optimizer, numels: dict[int, int]) -> None:
