@@ -12,6 +12,7 @@ from ds_childtune.child_files.reader import Child, open_child
 from ds_childtune.config import ChildTuningConfig, FisherConfig
 from ds_childtune.report import ParameterReport, Report
 from ds_childtune.tuner import ChildTuner, attach
+from ds_childtune.zero.compact_parts import can_start_lean
 from ds_childtune.zero.lean_start import lean_start
 from ds_childtune.zero.unattached import watch_steps
 
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "apply_child",
     "attach",
+    "can_start_lean",
     "compose",
     "lean_start",
     "merge",

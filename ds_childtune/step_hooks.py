@@ -22,7 +22,7 @@ from ds_childtune.gathering import KeptCounts
 from ds_childtune.ranks import device, raising_together, sum_over_ranks, tell
 from ds_childtune.shards import FlatShard
 from ds_childtune.zero import clip, compact_reads
-from ds_childtune.zero.compact_depth import Depth
+from ds_childtune.zero.compact_parts import CompactParts
 from ds_childtune.zero.engine import applied_steps, base_optimizer
 from ds_childtune.zero.supported import missing_groups
 
@@ -108,10 +108,10 @@ class StepHooks:
         base, behaviour = base_optimizer(engine), self._attachment.behaviour
         if config.optimizer_state == "dense":
             return DenseChild(shards, masks, base, behaviour, decay_outside=config.compat == "original")
-        depth = Depth.of(engine, config.clip)
-        tell(f'optimizer_state "compact" is at depth {depth.reason}')
+        compact = CompactParts.of(engine, config.clip)
+        tell(f"compact: {compact.text}")
         previous = cast("CompactChild | None", self.child)  # as the config says
-        return CompactChild.made(shards, masks, base, depth.plumbing, previous, behaviour.rest_values)
+        return CompactChild.made(shards, masks, base, compact.plumbing, previous, behaviour.rest_values)
 
     def _override(self, child: FixedChild) -> None:
         engine = self._attachment.engine

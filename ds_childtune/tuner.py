@@ -40,7 +40,7 @@ from ds_childtune.selection.selectors import (
 from ds_childtune.shards import Fragment, mark_eligible
 from ds_childtune.step_hooks import StepHooks
 from ds_childtune.zero.clip import refuse_unsupported_clip
-from ds_childtune.zero.compact_depth import refuse_lean
+from ds_childtune.zero.compact_parts import refuse_lean
 from ds_childtune.zero.engine import base_optimizer, child_tuning_block, empty_param_groups, inside_accumulation
 from ds_childtune.zero.flat_shards import read_flat_shards, read_parameters
 from ds_childtune.zero.layout_check import check_layout

@@ -153,7 +153,7 @@ def start_engine(args: Arguments, config: dict[str, Any], model: nn.Module, step
     def linear(step: int) -> float:
         return (step + 1) / (warmup + 1) if step < warmup else max(0.0, (steps - step) / max(1, steps - warmup))
 
-    with ds_childtune.lean_start() if can_start_lean(config) else nullcontext():
+    with ds_childtune.lean_start() if ds_childtune.can_start_lean(config) else nullcontext():
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model, config["optimizer"]["params"]["weight_decay"]),
@@ -161,19 +161,6 @@ def start_engine(args: Arguments, config: dict[str, Any], model: nn.Module, step
             lr_scheduler=None if "scheduler" in config else lambda optimizer: LambdaLR(optimizer, linear),
         )
     return engine
-
-
-def can_start_lean(config: dict[str, Any]) -> bool:
-    """Whether the child will be compact at depth deep, so that masters are not needed before it is chosen."""
-    child, zero = config.get("child_tuning", {}), config.get("zero_optimization", {})
-    deep = child.get("clip") == "child" or config.get("gradient_clipping") == 0
-    return (
-        child.get("optimizer_state") == "compact"
-        and zero.get("stage") == 3
-        and deep
-        and not zero.keys() & {"offload_optimizer", "offload_param"}
-        and not config.get("fp16", {}).get("enabled", False)
-    )
 
 
 # ---------------------------------------------------------------- training

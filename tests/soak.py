@@ -87,7 +87,7 @@ def soak(folder: Path, seed: int, tally: Tally, *, steps: int) -> None:
 
 
 def _masters(state: State, mode: str, bf16: bool) -> Weights:
-    """Outside a compact child in bf16, there are finer masters than the weights at depth wrap alone; nothing reads them."""
+    """Outside a compact child in bf16, there are finer masters than the weights where only moments are compact; nothing reads them."""
     if mode != "D-compact" or not bf16:
         return state.masters
     return {name: master[state.masks[name]] for name, master in state.masters.items()}

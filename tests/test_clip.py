@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 import ds_childtune
 from tests.support import reference
+from tests.support.compact_runs import parts_of
 from tests.support.engines import Optimizer, Setup, Weights, engine_of, master_weights, train_step
 from tests.support.models import batches, build, deal
 from tests.support.ranks import RankFailure, RankPool
@@ -25,7 +26,7 @@ class Run:
     end: Weights
     norms: list[float | None]
     masks: Weights
-    depth: str
+    parts: str
 
 
 def step_batches(setup: Setup, step: int) -> list[Any]:
@@ -49,7 +50,7 @@ def run(setup: Setup, optimizer_state: str, clip: str | None) -> Run:
             norm = engine.get_global_grad_norm()
             norms.append(None if norm is None else float(norm))
         masks = {p.name: child.gather_mask(p.name) for p in report.parameters}
-        run = Run(start, master_weights(engine), norms, masks, getattr(child._hooks.child, "depth", "dense"))
+        run = Run(start, master_weights(engine), norms, masks, getattr(child._hooks.child, "parts", "dense"))
         child.detach()
     return run
 
@@ -91,10 +92,10 @@ def test_the_child_s_norm_is_clipped(pool: RankPool, name: str, optimizer_state:
     results = pool[2].run(run, setup, optimizer_state, "child")
     expected, norms = oracle(setup, results[0])
     tolerance = 2e-2 if setup.bf16 else 1e-4
-    depth = "deep" if setup.stage and not setup.offload and not setup.fp32_accumulation else "wrap"
+    parts = parts_of(setup, masters=bool(setup.stage and not setup.offload and not setup.fp32_accumulation))
     assert min(norms) > 2 * CLIP, "vacuous: nothing is clipped"
     for result in results:
-        assert result.depth == ("dense" if optimizer_state == "dense" else depth)
+        assert result.parts == ("dense" if optimizer_state == "dense" else parts)
         moved = reference.distance(expected, result.start)
         assert reference.distance(result.end, expected) < tolerance * moved
         if result.norms[0] is not None:  # at ZeRO 0 in fp32 DeepSpeed reports none
@@ -108,7 +109,7 @@ def test_the_whole_norm_is_clipped_where_the_config_does_not_say_child(pool: Ran
     compact = pool[2].run(run, setup, "compact", clip)
     child = pool[2].run(run, setup, "compact", "child")
     for a, b, c in zip(dense, compact, child, strict=True):
-        assert (b.depth, c.depth) == ("wrap", "deep")
+        assert (b.parts, c.parts) == ("moments", "moments, masters and gradients")
         assert a.norms == b.norms
         assert all(torch.equal(a.end[n], b.end[n]) for n in a.end)
         assert c.norms[0] is not None
@@ -135,10 +136,10 @@ def test_a_fisher_pass_sees_whole_gradients(pool: RankPool, name: str) -> None:
         assert any((~mask).any() for mask in first.values()), "vacuous"
 
 
-def test_without_clipping_null_goes_deep_and_dense_does_not(pool: RankPool) -> None:
+def test_without_clipping_gradients_are_compact_unless_the_config_says_dense(pool: RankPool) -> None:
     setup = replace(SETUPS["zero3"], clip=0.0)
-    assert {r.depth for r in pool[2].run(run, setup, "compact", None)} == {"deep"}
-    assert {r.depth for r in pool[2].run(run, setup, "compact", "dense")} == {"wrap"}
+    assert {r.parts for r in pool[2].run(run, setup, "compact", None)} == {"moments, masters and gradients"}
+    assert {r.parts for r in pool[2].run(run, setup, "compact", "dense")} == {"moments"}
 
 
 def test_bf16_optimizer_is_refused_by_name(pool: RankPool) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ds_childtune
 from ds_childtune.child import child_shard as child_shards
-from tests.support.compact_runs import CASES, Case, P, Run, check, run, share, without_elements
+from tests.support.compact_runs import CASES, Case, P, Run, check, parts_of, run, share, without_elements
 from tests.support.engines import Setup, Weights, engine_of, master_weights, train_step
 from tests.support.ranks import RankPool
 
@@ -34,14 +34,14 @@ def test_other_world_sizes(pool: RankPool, world_size: int) -> None:
     check(case, pool[world_size].run(run, case, "dense"), pool[world_size].run(run, case, "compact"))
 
 
-@pytest.mark.parametrize(("depth", "clip"), [("deep", None), ("wrap", "dense")])
-def test_low_precision_masters_lose_nothing(pool: RankPool, depth: str, clip: str | None) -> None:
+@pytest.mark.parametrize("clip", [None, "dense"], ids=["compact masters", "compact moments"])
+def test_low_precision_masters_lose_nothing(pool: RankPool, clip: str | None) -> None:
     """The child keeps fp32 masters of its own, across selections too, and outside it a 16-bit weight is all there is."""
     case = CASES["zero3-bf16-zero-init"]
     fp32 = pool[2].run(run, case, "compact", clip)
     bf16 = pool[2].run(run, replace(case, setup=replace(case.setup, bf16_masters=True)), "compact", clip)
     for a, b in zip(fp32, bf16, strict=True):
-        assert (a.depth, b.depth) == (depth, depth)
+        assert a.parts == b.parts == parts_of(case.setup, masters=clip is None)
         for expected, got in zip(a.phases, b.phases, strict=True):
             assert all(torch.equal(w, got.forward[n]) for n, w in expected.forward.items())
         rounded = b.phases[0].masters
@@ -146,7 +146,7 @@ ZERO_TWO = "single_partition_of_fp32_groups"
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("name", ["fp32", "bf16", "bf16-masters"])
-def test_a_deep_child_keeps_no_second_copy_of_the_parameters(pool: RankPool, name: str, stage: int) -> None:
+def test_with_compact_masters_there_is_no_second_copy_of_the_parameters(pool: RankPool, name: str, stage: int) -> None:
     setup = replace(
         CASES["zero3-sub-groups"].setup, stage=stage, bf16=name != "fp32", bf16_masters=name == "bf16-masters"
     )

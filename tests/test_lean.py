@@ -139,6 +139,32 @@ def test_refused_by_name(pool: RankPool, setup: Setup, act: Any, kind: str, word
         assert word in message
 
 
+CONFIG = LEAN.config() | {"child_tuning": COMPACT}
+F = {"mode": "ChildTuning-F", "reserve_p": 0.3}
+WHETHER: dict[str, tuple[dict[str, Any], bool]] = {
+    "compact": (CONFIG, True),
+    "clips the child": (replace(LEAN, clip=1.0).config() | {"child_tuning": COMPACT | {"clip": "child"}}, True),
+    "no offload": (CONFIG | {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}}}, True),
+    "clips": (replace(LEAN, clip=1.0).config() | {"child_tuning": COMPACT}, False),
+    "clips by default": ({k: v for k, v in CONFIG.items() if k != "gradient_clipping"}, False),
+    "dense norm": (CONFIG | {"child_tuning": COMPACT | {"clip": "dense"}}, False),
+    "dense state": (CONFIG | {"child_tuning": COMPACT | {"optimizer_state": "dense"}}, False),
+    "ChildTuning-F": (CONFIG | {"child_tuning": F}, False),
+    "no block": (LEAN.config(), False),
+    "ZeRO-2": (replace(LEAN, stage=2).config() | {"child_tuning": COMPACT}, False),
+    "no ZeRO": ({"child_tuning": COMPACT}, False),
+    "offload": (replace(LEAN, offload=True).config() | {"child_tuning": COMPACT}, False),
+    "fp16": (replace(LEAN, bf16=False, fp16=True).config() | {"child_tuning": COMPACT}, False),
+}
+
+
+@pytest.mark.parametrize("name", WHETHER)
+def test_a_script_can_ask_before_it_makes_an_engine(name: str) -> None:
+    """False for everything that `test_refused_by_name` has refused, True for what other tests here train."""
+    config, expected = WHETHER[name]
+    assert ds_childtune.can_start_lean(config) is expected
+
+
 def after_loading(setup: Setup, folder: str, write: bool) -> tuple[Weights, Weights]:
     """Masters after a plain checkpoint was loaded and a child chosen, and after three more steps."""
     if write:

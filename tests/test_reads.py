@@ -64,7 +64,7 @@ def train(engine: Any, setup: Setup, first: int, last: int) -> None:
 class Read:
     """Everything that can be read, of one rank."""
 
-    depth: str
+    parts: str
     masks: Weights
     lr: list[float]
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -81,7 +81,7 @@ def read(setup: Setup, optimizer_state: str, folder: str) -> Read:
         child = attached(engine, setup, optimizer_state)
         masks = {p.name: child.gather_mask(p.name) for p in child.report().parameters}
         train(engine, setup, 0, 3)
-        result = Read(getattr(child._hooks.child, "depth", "dense"), masks, engine.get_lr())
+        result = Read(getattr(child._hooks.child, "parts", "dense"), masks, engine.get_lr())
         trainable = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
 
         def note(name: str, function: Callable[[Any], Tensor | None]) -> None:
@@ -113,7 +113,7 @@ def read(setup: Setup, optimizer_state: str, folder: str) -> Read:
         note("grad", safe_get_full_grad)
         if setup.stage == 3:
             note("local_grad", lambda p: without_padding(p, safe_get_local_grad(p)))
-            if result.depth == "deep":
+            if result.parts.endswith("gradients"):
                 result.refused += refusals_of_gradients(first, result.values["grad"])
         engine.step()
         dist.barrier()
@@ -154,13 +154,13 @@ def refuses(call: Callable[[], object]) -> bool:
 
 BASE = Setup("odd", optimizer=Optimizer())
 SETUPS = {
-    "wrap-zero1-bf16": replace(BASE, stage=1, bf16=True, fp32_accumulation=True),
-    "wrap-zero2": replace(BASE, stage=2, offload=True),
-    "deep-zero1": replace(BASE, stage=1),
-    "deep-zero2-bf16": replace(BASE, stage=2, bf16=True),
-    "wrap-zero3": replace(BASE, stage=3, clip=0.5, sub_group_size=20),
-    "deep-zero3": replace(BASE, stage=3, sub_group_size=20),
-    "deep-zero3-bf16": replace(BASE, stage=3, bf16=True, sub_group_size=20),
+    "moments-zero1-bf16": replace(BASE, stage=1, bf16=True, fp32_accumulation=True),
+    "moments-zero2": replace(BASE, stage=2, offload=True),
+    "masters-zero1": replace(BASE, stage=1),
+    "masters-zero2-bf16": replace(BASE, stage=2, bf16=True),
+    "moments-zero3": replace(BASE, stage=3, clip=0.5, sub_group_size=20),
+    "gradients-zero3": replace(BASE, stage=3, sub_group_size=20),
+    "gradients-zero3-bf16": replace(BASE, stage=3, bf16=True, sub_group_size=20),
 }
 
 
@@ -169,22 +169,22 @@ def test_reads_are_those_of_the_dense_hook_path(pool: RankPool, name: str, tmp_p
     setup = SETUPS[name]
     dense = pool[2].run(read, setup, "dense", str(tmp_path / "dense"))
     compact = pool[2].run(read, setup, "compact", str(tmp_path / "compact"))
-    deep = name.startswith("deep")
+    masters = not name.startswith("moments")
     for a, b in zip(dense, compact, strict=True):
-        assert b.depth == name[:4]
+        assert b.parts.endswith(name.partition("-")[0])
         assert a.lr == b.lr
         assert a.values.keys() == b.values.keys()
         for what, values in a.values.items():
             assert values.keys() == b.values[what].keys()
             for n, value in values.items():
-                # A deep child has no other gradient than its own; a mask covers a local partition only at world size 1.
-                if what == "grad" and name.startswith("deep-zero3"):
+                # With compact gradients there is no other than the child's; a mask covers a local partition only at world size 1.
+                if what == "grad" and name.startswith("gradients-zero3"):
                     value = value * a.masks[n].flatten()
-                if what == "local_grad" and deep:
+                if what == "local_grad" and masters:
                     continue
                 assert torch.equal(value, b.values[what][n]), (what, n)
         assert sum(float(v.abs().sum()) for v in b.values["exp_avg"].values()) > 0, "vacuous"
-        if deep and setup.bf16:
+        if masters and setup.bf16:
             # The 16-bit weights stand in DeepSpeed's file for the masters, which are in the child's own.
             a.saved["zero_to_fp32"] = {n: w.float() for n, w in b.saved["forward"].items()}
         elif "zero_to_fp32" in b.saved:
@@ -192,21 +192,21 @@ def test_reads_are_those_of_the_dense_hook_path(pool: RankPool, name: str, tmp_p
         for what, saved in a.saved.items():
             differing = [n for n, w in saved.items() if not torch.equal(w, b.saved[what][n])]
             assert differing == [], what
-        expected = ["set_optimizer_state", *(["set_fp32_param"] if deep or setup.stage == 3 else [])]
+        expected = ["set_optimizer_state", *(["set_fp32_param"] if masters or setup.stage == 3 else [])]
         expected += ["set_local_fp32_param"] if setup.stage == 3 else []
-        expected += ["set_grad"] if name.startswith("deep-zero3") else []
+        expected += ["set_grad"] if name.startswith("gradients-zero3") else []
         assert b.refused == expected
         assert a.refused == []
 
 
-@pytest.mark.parametrize("name", ["wrap-zero2", "deep-zero1", "deep-zero2-bf16"])
+@pytest.mark.parametrize("name", ["moments-zero2", "masters-zero1", "masters-zero2-bf16"])
 def test_reads_with_round_robin_gradients(pool: RankPool, name: str, tmp_path: Path) -> None:
     """A compact child answers right, where DeepSpeed by itself reads other parameters' masters and moments."""
     setup = SETUPS[name]
     plain = pool[2].run(read, setup, "compact", str(tmp_path / "plain"))
     robin = pool[2].run(read, replace(setup, round_robin=True), "compact", str(tmp_path / "robin"))
     for a, b in zip(plain, robin, strict=True):
-        assert (a.depth, a.refused) == (b.depth, b.refused)
+        assert (a.parts, a.refused) == (b.parts, b.refused)
         for what, values in a.values.items():
             assert values.keys() == b.values[what].keys()
             for n, value in values.items():
@@ -267,15 +267,15 @@ def offloaded(setup: Setup, optimizer_state: str, *, offload: bool) -> Weights |
         return master_weights(engine)
 
 
-def test_offload_states_works_at_wrap_and_is_refused_at_deep(pool: RankPool) -> None:
-    wrap = replace(
-        SETUPS["wrap-zero3"], family="llama", optimizer=FUSED
+def test_offload_states_works_at_zero3_with_compact_moments_only(pool: RankPool) -> None:
+    moments = replace(
+        SETUPS["moments-zero3"], family="llama", optimizer=FUSED
     )  # DeepSpeed's own fails with frozen parameters
-    stayed = pool[2].run(offloaded, wrap, "compact", offload=False)
-    for result, expected in zip(pool[2].run(offloaded, wrap, "compact", offload=True), stayed, strict=True):
+    stayed = pool[2].run(offloaded, moments, "compact", offload=False)
+    for result, expected in zip(pool[2].run(offloaded, moments, "compact", offload=True), stayed, strict=True):
         assert isinstance(result, dict)
         assert all(torch.equal(result[n], w) for n, w in expected.items())
-    for name in ("deep-zero3", "deep-zero1", "wrap-zero2"):
+    for name in ("gradients-zero3", "masters-zero1", "moments-zero2"):
         for message in pool[2].run(offloaded, replace(SETUPS[name], optimizer=FUSED), "compact", offload=True):
             assert "does not support offload_states" in message
 
@@ -297,7 +297,7 @@ def refreshed(setup: Setup) -> tuple[Weights, Weights]:
         return masters, model_weights(engine)
 
 
-@pytest.mark.parametrize("name", ["wrap-zero3", "deep-zero2-bf16", "deep-zero3", "deep-zero3-bf16"])
+@pytest.mark.parametrize("name", ["moments-zero3", "masters-zero2-bf16", "gradients-zero3", "gradients-zero3-bf16"])
 def test_refresh_fp32_params_takes_edited_weights(pool: RankPool, name: str) -> None:
     for masters, after in pool[2].run(refreshed, SETUPS[name]):
         assert all(bool((w == 0.5).all()) for w in masters.values())

@@ -26,18 +26,18 @@ P, STEPS = 0.3, 3
 ADAM = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
 BASE = Setup("llama", accumulation=2, optimizer=Optimizer("AdamW", {**ADAM, "torch_adam": True}))
 SETUPS = {
-    "deep-zero1": replace(BASE, stage=1),
-    "wrap-zero2-offload": replace(BASE, stage=2, offload=True),
-    "wrap-zero3": replace(BASE, stage=3, clip=100.0, sub_group_size=300),  # it clips nothing
-    "deep-zero2-bf16": replace(BASE, stage=2, bf16=True),
-    "deep-zero3": replace(BASE, stage=3, sub_group_size=300),
-    "deep-zero3-bf16": replace(BASE, stage=3, bf16=True, sub_group_size=300),
+    "masters-zero1": replace(BASE, stage=1),
+    "moments-zero2-offload": replace(BASE, stage=2, offload=True),
+    "moments-zero3": replace(BASE, stage=3, clip=100.0, sub_group_size=300),  # it clips nothing
+    "masters-zero2-bf16": replace(BASE, stage=2, bf16=True),
+    "gradients-zero3": replace(BASE, stage=3, sub_group_size=300),
+    "gradients-zero3-bf16": replace(BASE, stage=3, bf16=True, sub_group_size=300),
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    depth: str
+    parts: str
     weights: list[Weights]
     """At the start, after each child's steps."""
     masks: list[Weights]
@@ -65,9 +65,9 @@ def run(setup: Setup) -> Run:
             for batches_of_step in steps(setup, number):
                 train_step(engine, share(batches_of_step))
             weights.append(master_weights(engine))
-        depth = child._hooks.child.depth  # type: ignore[union-attr]
+        parts = child._hooks.child.parts  # type: ignore[union-attr]
         child.detach()
-    return Run(depth, weights, masks, moments)
+    return Run(parts, weights, masks, moments)
 
 
 def share(items: list[Any]) -> list[Any]:
@@ -96,7 +96,7 @@ def oracle(setup: Setup, run: Run, change: Callable[[Any, torch.Tensor], Any]) -
         for name, rule in rules.items():
             if number and name in masks:
                 rule.m, rule.v = change(rule.m, masks[name]), change(rule.v, masks[name])
-        if setup.bf16:  # a deep child keeps masters of its own elements alone
+        if setup.bf16:  # where masters are compact, there are none outside the child
             weights = {n: torch.where(masks[n], w, w.to(dtype).double()) for n, w in weights.items()}
         child = reference.Child([masks] * STEPS, frozen_outside=True)
         weights = reference.train(model, weights, steps(setup, number), rules, child)
@@ -111,7 +111,7 @@ def test_elements_that_stay_keep_their_state(pool: RankPool, name: str) -> None:
     expected = oracle(setup, results[0], keep)
     tolerance = 4e-2 if setup.bf16 else 1e-4
     for result in results:
-        assert result.depth == name[:4]
+        assert result.parts.endswith(name.partition("-")[0])
         for number, weights in enumerate(expected):
             moved = reference.distance(weights, result.weights[number])
             assert reference.distance(result.weights[number + 1], weights) < tolerance * moved, number
@@ -147,15 +147,15 @@ def failing(setup: Setup) -> tuple[Weights, Weights]:
     return ends[0], ends[1]
 
 
-@pytest.mark.parametrize("name", ["wrap-zero3", "deep-zero3-bf16"])
+@pytest.mark.parametrize("name", ["moments-zero3", "gradients-zero3-bf16"])
 def test_after_a_selection_that_fails_the_old_child_trains_on(pool: RankPool, name: str) -> None:
     for failed, undisturbed in pool[2].run(failing, SETUPS[name]):
         assert all(torch.equal(failed[n], w) for n, w in undisturbed.items())
 
 
 HALF = {
-    **{name: setup for name, setup in SETUPS.items() if name != "wrap-zero3"},
-    "wrap-zero0": replace(BASE, stage=0),
+    **{name: setup for name, setup in SETUPS.items() if name != "moments-zero3"},
+    "moments-zero0": replace(BASE, stage=0),
     "dense-zero2": replace(BASE, stage=2),
     "dense-zero3": replace(BASE, stage=3, sub_group_size=300),
 }
@@ -166,7 +166,7 @@ HALF = {
 
 @contextlib.contextmanager
 def out_of_memory_at_the_second_shard() -> Iterator[None]:
-    """On rank 1, when the second shard's mask has been made, and at depths of a compact child when its state is carried over."""
+    """On rank 1, when the second shard's mask has been made, and with a compact child when its state is carried over."""
     real, calls = choosing.masks_inside, []
 
     def masks_inside(*args: Any) -> Iterator[torch.Tensor]:
@@ -232,7 +232,7 @@ def between_micro_batches(setup: Setup) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("name", ["deep-zero1", "deep-zero3"])
+@pytest.mark.parametrize("name", ["masters-zero1", "gradients-zero3"])
 def test_not_in_the_middle_of_an_accumulation(pool: RankPool, name: str) -> None:
     for said in pool[2].run(between_micro_batches, SETUPS[name]):
         assert [message.partition(":")[0] for message in said] == ["detach", "select"]
@@ -258,7 +258,7 @@ def dtypes_of_flat_shards(setup: Setup) -> list[torch.dtype]:
         return seen
 
 
-@pytest.mark.parametrize("name", ["deep-zero2-bf16", "deep-zero3-bf16"])
+@pytest.mark.parametrize("name", ["masters-zero2-bf16", "gradients-zero3-bf16"])
 def test_no_dense_masters_between_two_children(pool: RankPool, name: str) -> None:
     for seen in pool[2].run(dtypes_of_flat_shards, SETUPS[name]):
         assert seen, "vacuous: no shard was made"

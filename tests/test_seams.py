@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import ds_childtune
+from ds_childtune.zero.engine import wrapper_of
 from tests.support.engines import Optimizer, Setup, engine_of, train_step
 from tests.support.models import batches
 from tests.support.ranks import RankPool
@@ -113,6 +114,7 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
             "optimizer",
             "fp32_groups_flat_partition",
             "bf16_groups",
+            "_is_gradient_accumulation_boundary",
             "_backward_active_depth",
             "accumulate_hp_grads_and_remove_lp()",
             "backward_epilogue()",
@@ -257,6 +259,8 @@ def missing_after_a_step(name: str) -> list[str]:
         lines = missing_on(engine, ENGINE, "engine") + missing_on(optimizer, paths, name)
         if type(optimizer).__name__ != name:
             lines.append(f"expected DeepSpeed to choose {name} here, got {type(optimizer).__name__}")
+        if wrapper_of(engine) != ("plain" if name == "AdamW" else name):
+            lines.append(f"expected wrapper_of to give {name}, got {wrapper_of(engine)}")
         trainable = [p for p in engine.module.parameters() if p.requires_grad]
         if name in ("BF16_Optimizer", "DeepSpeedZeroOptimizer"):
             lines += missing_on(trainable[0], ("_hp_mapping", "set_full_hp_param()"), "parameter")
@@ -480,6 +484,27 @@ def test_only_zero_reads_the_engine_s_insides(module: str) -> None:
     for node in ast.walk(parsed(module)):
         if isinstance(node, ast.Attribute):
             assert node.attr not in insides, f"{module} line {node.lineno} reads .{node.attr}"
+
+
+def probes(tree: ast.AST) -> list[str]:
+    """Attributes that an optimizer is asked for whether it has them."""
+    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name))
+    return [
+        ast.unparse(call.args[1])
+        for call in calls
+        if isinstance(call.func, ast.Name)
+        and call.func.id == "hasattr"
+        and ast.unparse(call.args[0]) in ("optimizer", "engine.optimizer", "self._optimizer")
+        and isinstance(call.args[1], ast.Constant)
+    ]
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if wing(m) == "zero"])
+def test_the_wrapper_is_asked_for_in_one_way(module: str) -> None:
+    """By `wrapper_of`, and not by the attributes that one of them has."""
+    assert probes(ast.parse("hasattr(engine.optimizer, 'x')")) == ["'x'"], "vacuous"
+    found = [name for name in probes(parsed(module)) if name != "'_optimizer_step_pre_hooks'"]  # torch's
+    assert not found, f"{module} asks for {found}. Use zero.engine.wrapper_of"
 
 
 def test_imports_have_no_circle() -> None:

@@ -92,14 +92,14 @@ CELLS: dict[str, tuple[int, dict[str, Any]]] = {
     "D": (1, D),
     "D, clip child, zero2": (2, {**D, "clip": "child"}),
     "D, clip child, zero3": (3, {**D, "clip": "child"}),
-    "wrap": (3, {**COMPACT, "clip": "dense"}),
-    "deep, zero1": (1, COMPACT),
-    "deep, clip child, zero2": (2, {**COMPACT, "clip": "child"}),
+    "moments": (3, {**COMPACT, "clip": "dense"}),
+    "masters, zero1": (1, COMPACT),
+    "masters, clip child, zero2": (2, {**COMPACT, "clip": "child"}),
 }
 EACH: dict[str, tuple[int, dict[str, Any]]] = {
-    "deep, clip child, zero3": (3, {**COMPACT, "clip": "child"}),
+    "gradients, clip child, zero3": (3, {**COMPACT, "clip": "child"}),
     "D, clip child, zero0": (0, {**D, "clip": "child"}),
-    "wrap, zero0": (0, COMPACT),
+    "moments, zero0": (0, COMPACT),
 }
 """Where parameters come one by one: in ZeRO-3's reduction, and without ZeRO, where each is a shard."""
 

@@ -242,7 +242,7 @@ def read_compact(child: Child, compact: ChildNetwork) -> None:
                     )
                 where = counter_device(compact.optimizer, shard.tensor)
                 state.setdefault(key, torch.tensor(number, dtype=DTYPES[dtype], device=where) if dtype else number)
-        # At depth wrap the flat shard has the last word, and may have come from 16-bit weights of a deep child.
+        # With compact moments only the next step begins with the flat shard. After a run with compact masters it has 16-bit weights.
         shard.scatter()
         if state:
             compact.optimizer.state[shard.tensor] = state

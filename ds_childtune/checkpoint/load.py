@@ -27,16 +27,16 @@ from ds_childtune.child_files.format import ChildFileError
 from ds_childtune.child_files.holders import Run, ranks_with
 from ds_childtune.child_files.reader import Child, open_child, read_manifest
 from ds_childtune.ranks import check_same, from_first, raise_together, raising_together, tell, true_on_all
-from ds_childtune.zero.checkpoint_read import ZERO_3, SavedRun
+from ds_childtune.zero.checkpoint_read import SavedRun
 from ds_childtune.zero.checkpoint_write import (
     frozen_may_be_missing,
     keeping_load_errors,
-    kind_of,
     refuse_universal,
     saved_shards,
     without_empty_states,
 )
 from ds_childtune.zero.elastic import check_elsewhere, check_values, load_elsewhere, load_weights, local_part
+from ds_childtune.zero.engine import Wrapper, wrapper_of
 from ds_childtune.zero.layout import Layout
 from ds_childtune.zero.lean_start import restore_dense
 
@@ -241,7 +241,7 @@ class CheckpointLoader:
 
     def _check_that_deepspeed_loads(self, folder: Path, name: str, weights_alone: bool, module_only: bool) -> None:
         """Raise NotImplementedError where plain DeepSpeed would load nothing, or something else, without a word."""
-        if not weights_alone or kind_of(self._attachment.engine) != ZERO_3:
+        if not weights_alone or wrapper_of(self._attachment.engine) is not Wrapper.ZERO_3:
             return
         if module_only:
             raise NotImplementedError(
@@ -297,7 +297,7 @@ class CheckpointLoader:
         """Whether every rank finds its own flat shards in the files of its own name. A collective."""
         rank = dist.get_rank()
         same = record.world_size == dist.get_world_size()
-        same = same and record.optimizer == kind_of(self._attachment.engine)
+        same = same and record.optimizer is wrapper_of(self._attachment.engine)
         with raising_together():
             same = same and read_layout(child.folder / record.ranks[rank].name) == tuple(mine)
         return true_on_all(same)

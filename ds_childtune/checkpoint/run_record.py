@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field
 from ds_childtune.child_files.atomic import checksum
 from ds_childtune.child_files.format import ChildFileError, FileEntry, check_seal, parsed
 from ds_childtune.child_files.reader import Child
+from ds_childtune.zero.engine import Wrapper
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _Count = Annotated[int, Field(ge=0, le=2**62)]
@@ -63,8 +64,8 @@ class RunRecord:
     chosen: bool
     """False: a ChildTuning-D child that `select` had not fixed yet."""
     world_size: Annotated[int, Field(ge=1)]
-    optimizer: str
-    """How DeepSpeed laid out its state, see `zero.checkpoint_write.kind_of`."""
+    optimizer: Wrapper
+    """What lays the optimizer's state out in DeepSpeed's files."""
     precision: str
     """dtype of the forward pass."""
     ranks: tuple[FileEntry, ...]

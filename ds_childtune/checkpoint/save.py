@@ -29,12 +29,11 @@ from ds_childtune.ranks import check_same, gather_objects, raise_together, raisi
 from ds_childtune.zero.checkpoint_write import (
     dense_masters,
     keeping_save_errors,
-    kind_of,
     refuse_unsupported_saving,
     saved_shards,
     written_files,
 )
-from ds_childtune.zero.engine import base_optimizer, model_dtype
+from ds_childtune.zero.engine import base_optimizer, model_dtype, wrapper_of
 from ds_childtune.zero.flat_shards import changed_parameters
 
 
@@ -167,7 +166,7 @@ class CheckpointSaver:
             progress=self._hooks.progress,
             chosen=chosen,
             world_size=dist.get_world_size(),
-            optimizer=kind_of(self._attachment.engine),
+            optimizer=wrapper_of(self._attachment.engine),
             precision=self._attachment.precision,
             ranks=tuple(w.rank_file for w in everyone),
             deepspeed=tuple(file for w in everyone for file in w.deepspeed),

@@ -3,19 +3,21 @@
 [Note: child shards]
 A *child shard* holds the child's elements of one flat shard: 1-D fp32, with an index into the flat shard, which is int32 up to
 2**31 - 1 elements. The base optimizer steps child shards with its own code, and the result is scattered back. So moments exist for
-the child alone, and nothing outside it can move, weight decay included, whatever the optimizer. Dense parameters are in the child
-in full; padding is not. There are two depths:
+the child only, and nothing outside it can move, weight decay included, whatever the optimizer. Dense parameters are in the child
+in full; padding is not. `Parts` says what is compact:
 
-    wrap   any stage   DeepSpeed's flat shards stay. Around the base optimizer's step the gradient is gathered at the index, and
-                       child shards stand in `param_groups`.
-    deep   ZeRO 1-3    DeepSpeed itself runs on child shards, and its fp32 flat shards are let go; at ZeRO-3 gradient buffers are
-                       of the child's size, too. `DeepPlumbing` says how; see `zero/compact_stage3.py` and `zero/compact_stage12.py`.
+    moments                           any stage   DeepSpeed's flat shards stay. Around the base optimizer's step the gradient is
+                                                  gathered at the index, and child shards are in `param_groups`.
+    moments and masters               ZeRO 1, 2   DeepSpeed's fp32 flat shards go: child shards are the masters.
+    moments, masters and gradients    ZeRO-3      gradient buffers have the child's size, too.
 
-At depth wrap the flat shard has the last word between steps: whoever edits weights (a checkpoint that is loaded) edits those; where it
-is 16-bit, the child shard is the fp32 master of every element that nobody has edited. At depth deep the child shard is the master,
-as DeepSpeed's own are: an edited parameter is overwritten by the next step, unless `refresh_fp32_params` is called.
+Where masters are compact DeepSpeed itself runs on child shards: see `Plumbing`, `zero/compact_stage3.py`, `zero/compact_stage12.py`.
 
-Whatever the depth, `CompactChild.shards` maps each flat shard's tensor to its `ChildShard`, and the base optimizer's state
+With compact moments only, weights are edited in the flat shard (a checkpoint is loaded into it), and the next step begins with those;
+where it is 16-bit, the child shard is the fp32 master of every element that was not edited. With compact masters the child shard is
+the master, as DeepSpeed's own are: an edited parameter is overwritten by the next step, unless `refresh_fp32_params` is called.
+
+In each case, `CompactChild.shards` maps each flat shard's tensor to its `ChildShard`, and the base optimizer's state
 is keyed by `ChildShard.tensor`: that is all of a child's state.
 """
 
@@ -33,12 +35,14 @@ from ds_childtune.child.child_shard import ChildShard, put_
 from ds_childtune.child.network import Group, Stepped
 from ds_childtune.shards import FlatShard, Fragment
 
+Parts = Literal["moments", "moments and masters", "moments, masters and gradients"]
+"""What exists for the child's elements only."""
 
-class DeepPlumbing(Protocol):
+
+class Plumbing(Protocol):
     """Makes DeepSpeed step child shards by itself, and takes that back."""
 
-    norm_is_child: bool
-    """Whether the norm that DeepSpeed takes is the child's gradient's."""
+    parts: Parts
 
     def install(self, shards: Sequence[ChildShard]) -> None:
         """DeepSpeed runs on child shards; flat shards become views of the parameters that the forward pass uses."""
@@ -59,8 +63,8 @@ class CompactChild:
     optimizer: torch.optim.Optimizer
     shards: Mapping[Tensor, ChildShard]
     """By flat shard's tensor."""
-    plumbing: DeepPlumbing | None = None
-    """None at depth wrap."""
+    plumbing: Plumbing | None = None
+    """None where only moments are compact."""
     rest_values: Mapping[str, float] = field(default_factory=dict)
     """What entries of the state are for an element that never had a gradient; 0 for those that are not named."""
     _previous: CompactChild | None = None
@@ -75,7 +79,7 @@ class CompactChild:
         shards: Sequence[FlatShard],
         masks: Iterable[Tensor],
         optimizer: torch.optim.Optimizer,
-        plumbing: DeepPlumbing | None = None,
+        plumbing: Plumbing | None = None,
         previous: CompactChild | None = None,
         rest_values: Mapping[str, float] | None = None,
     ) -> CompactChild:
@@ -90,7 +94,7 @@ class CompactChild:
         shards: Sequence[FlatShard],
         masks: Iterable[Tensor],
         optimizer: torch.optim.Optimizer,
-        plumbing: DeepPlumbing | None = None,
+        plumbing: Plumbing | None = None,
         previous: CompactChild | None = None,
         rest_values: Mapping[str, float] | None = None,
     ) -> CompactChild:
@@ -98,7 +102,7 @@ class CompactChild:
 
         Args:
             masks: bool 1-D, one for each shard; True = inside the child, or not eligible.
-            plumbing: for depth deep.
+            plumbing: where masters are compact.
             previous: the child so far. Elements that stay keep their state and their master; the state of those that enter begins
                 at `rest_values`.
             rest_values: as the field.
@@ -132,13 +136,13 @@ class CompactChild:
             self.plumbing.install(list(self.shards.values()))
 
     @property
-    def depth(self) -> Literal["wrap", "deep"]:
-        return "wrap" if self.plumbing is None else "deep"
+    def parts(self) -> Parts:
+        return "moments" if self.plumbing is None else self.plumbing.parts
 
     @property
     def norm_is_child(self) -> bool:
         """Whether DeepSpeed sees no other gradient than the child's."""
-        return self.plumbing is not None and self.plumbing.norm_is_child
+        return self.parts == "moments, masters and gradients"
 
     def before_step(self, optimizer: torch.optim.Optimizer, stepped: Sequence[Stepped], step: int) -> None:
         for each in stepped:

@@ -24,10 +24,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ds_childtune.ranks import Unanswered
+from ds_childtune.zero.engine import Engine, Wrapper, wrapper_of
 from ds_childtune.zero.overrides import Overrides
 from ds_childtune.zero.reduction import Piece
-
-Engine = Any
 
 Backward = Callable[[Tensor], None]
 """`backward(loss)`: one backward pass; gradients are handed on, or stay on the parameters."""
@@ -41,12 +40,14 @@ _BUCKET = 1 << 25
 
 def hands_on(engine: Engine) -> bool:
     """Whether gradients are handed on during the backward pass. See [Note: before DeepSpeed reduces]."""
-    return splits_parameters(engine) or bool(getattr(engine.optimizer, "partition_gradients", False))
+    if wrapper_of(engine) is Wrapper.ZERO_1_2:
+        return bool(engine.optimizer.partition_gradients)
+    return splits_parameters(engine)
 
 
 def splits_parameters(engine: Engine) -> bool:
     """Whether every parameter is split over all ranks, which gather them in forward and backward: ZeRO-3."""
-    return hasattr(engine.optimizer, "fp32_partitioned_groups_flat")
+    return wrapper_of(engine) is Wrapper.ZERO_3
 
 
 def mixes_gradients(engine: Engine) -> bool:
@@ -70,7 +71,8 @@ def bucket_numel(engine: Engine) -> int:
 def loss_scale(engine: Engine) -> float:
     """What training multiplies an fp16 loss by at the moment."""
     optimizer = engine.optimizer
-    scaler: Any = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+    without_zero = wrapper_of(engine) in (Wrapper.FP16_FUSED, Wrapper.FP16_UNFUSED)
+    scaler = optimizer.loss_scale_config if without_zero else optimizer.loss_scaler
     return float(scaler.cur_scale)
 
 
@@ -107,10 +109,13 @@ def calibration(engine: Engine, ready: Ready) -> Iterator[Backward]:
 
 def _values(engine: Engine) -> list[tuple[Any, str, Any]]:
     """What a pass touches, as it is: owner, name, value."""
-    optimizer = engine.optimizer
+    wrapper = wrapper_of(engine)
     kept = [(engine, name) for name in ("inside_no_sync_ctxt", "_unmanaged_backward_count")]
-    kept += [(optimizer, name) for name in ("_is_gradient_accumulation_boundary", "micro_step_id")]
-    return [(owner, name, getattr(owner, name)) for owner, name in kept if hasattr(owner, name)]
+    if wrapper.is_zero:
+        kept.append((engine.optimizer, "_is_gradient_accumulation_boundary"))
+    if wrapper in (Wrapper.ZERO_1_2, Wrapper.ZERO_3):
+        kept.append((engine.optimizer, "micro_step_id"))
+    return [(owner, name, getattr(owner, name)) for owner, name in kept]
 
 
 def _replacements(engine: Engine, ready: Ready) -> dict[str, Callable[..., Any]]:
@@ -124,17 +129,17 @@ def _replacements(engine: Engine, ready: Ready) -> dict[str, Callable[..., Any]]
         if getattr(param, "ds_grad_is_ready", True):
             ready(param)
 
-    optimizer = engine.optimizer
+    wrapper = wrapper_of(engine)
     replaced: dict[str, Callable[..., Any]] = {}
-    if splits_parameters(engine):
+    if wrapper is Wrapper.ZERO_3:
         replaced["reduce_ready_partitions_and_remove_grads"] = hand_on
-    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+    elif wrapper is Wrapper.ZERO_1_2:
         replaced["process_gradients"] = hand_on if hands_on(engine) else nothing
         replaced["backward_epilogue"] = nothing
-    elif hasattr(optimizer, "fp32_groups_flat_partition"):
+    elif wrapper is Wrapper.BF16:
         replaced["accumulate_hp_grads_and_remove_lp"] = nothing
         replaced["backward_prologue"] = replaced["backward_epilogue"] = nothing
-    if hasattr(optimizer, "scale_if_loss"):
+    if wrapper.is_zero:
         replaced["scale_if_loss"] = lambda loss: loss
     return replaced
 
@@ -168,7 +173,7 @@ def _modules_in_forward(engine: Engine) -> list[Any]:
 def _end_pass(engine: Engine) -> None:
     """End a forward or backward pass that an exception has interrupted. A collective."""
     optimizer = engine.optimizer
-    if hasattr(optimizer, "exit_backward"):
+    if wrapper_of(engine).is_zero:
         while optimizer._backward_active_depth:
             optimizer.exit_backward()
         optimizer.clear_backward_seen_flag()

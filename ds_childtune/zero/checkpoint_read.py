@@ -1,11 +1,10 @@
 """Where things lie in DeepSpeed's files of a checkpoint. Reads DeepSpeed's state dicts; pinned by the tests of elastic resume.
 
-By the class of `engine.optimizer`:
+By the wrapper around the base optimizer:
 
-    DeepSpeedZeroOptimizer, BF16_Optimizer     *_optim_states.pt of each rank
-    DeepSpeedZeroOptimizer_Stage3              *_optim_states.pt of each rank
-    FP16_Optimizer, FP16_UnfusedOptimizer      *_model_states.pt
-    the base optimizer itself                  *_model_states.pt, the weights among the module's
+    ZERO_1_2, BF16, ZERO_3       *_optim_states.pt of each rank
+    FP16_FUSED, FP16_UNFUSED     *_model_states.pt
+    NONE                         *_model_states.pt, the weights among the module's
 """
 
 from __future__ import annotations
@@ -20,15 +19,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ds_childtune.zero.engine import Wrapper
 from ds_childtune.zero.layout import SavedShard
 
 What = Literal["model", "optim"]
 """*_model_states.pt or *_optim_states.pt."""
-
-ZERO_3 = "DeepSpeedZeroOptimizer_Stage3"
-
-PLAIN = "plain"
-"""The kind of an engine whose optimizer is the base optimizer itself: ZeRO 0 in fp32."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +39,13 @@ class Places:
 
 _ZERO = Places("optim", ("optimizer_state_dict",), "single_partition_of_fp32_groups", "base_optimizer_state")
 PLACES = {
-    "DeepSpeedZeroOptimizer": _ZERO,
-    "BF16_Optimizer": _ZERO,
-    ZERO_3: Places("optim", ("optimizer_state_dict",), "fp32_flat_groups", "optimizer_state_dict"),
-    "FP16_Optimizer": Places("model", ("optimizer",), "fp32_groups_flat", "optimizer_state_dict"),
-    "FP16_UnfusedOptimizer": Places("model", ("optimizer",), "fp32_groups", "optimizer_state_dict"),
+    Wrapper.ZERO_1_2: _ZERO,
+    Wrapper.BF16: _ZERO,
+    Wrapper.ZERO_3: Places("optim", ("optimizer_state_dict",), "fp32_flat_groups", "optimizer_state_dict"),
+    Wrapper.FP16_FUSED: Places("model", ("optimizer",), "fp32_groups_flat", "optimizer_state_dict"),
+    Wrapper.FP16_UNFUSED: Places("model", ("optimizer",), "fp32_groups", "optimizer_state_dict"),
 }
-"""All kinds but `PLAIN`."""
+"""For all wrappers except `NONE`."""
 
 
 @dataclass
@@ -58,7 +53,7 @@ class SavedRun:
     """DeepSpeed's files of one checkpoint, opened when they are asked for, and mapped rather than read."""
 
     folder: Path
-    kind: str
+    wrapper: Wrapper
     files: Mapping[tuple[What, int], str]
     """Names, by ("model" or "optim", rank)."""
     _open: dict[str, Any] = field(default_factory=dict)
@@ -69,9 +64,9 @@ class SavedRun:
 
     def optimizer_states(self, rank: int) -> dict[str, Any]:
         """What `engine.optimizer.state_dict()` gave on `rank`."""
-        if self.kind == PLAIN:
+        if self.wrapper is Wrapper.NONE:
             return self._file("model", 0)["optimizer"]  # type: ignore[no-any-return]
-        places = PLACES[self.kind]
+        places = PLACES[self.wrapper]
         # Without ZeRO every rank has the same, and the first has written it.
         found = self._file(places.file, rank if places.file == "optim" else 0)
         for key in places.above:
@@ -81,14 +76,14 @@ class SavedRun:
     def base_state(self, rank: int) -> dict[str, Any]:
         """The base optimizer's state dict: `state` by position, and `param_groups`."""
         states = self.optimizer_states(rank)
-        return states if self.kind == PLAIN else states[PLACES[self.kind].base]
+        return states if self.wrapper is Wrapper.NONE else states[PLACES[self.wrapper].base]
 
     def weights(self, shard: SavedShard) -> Tensor:
         """1-D: a flat shard's weights; padding at its end may be missing."""
-        if self.kind == PLAIN:
+        if self.wrapper is Wrapper.NONE:
             weights = self._file("model", 0)["module"][shard.fragments[0].name]
         else:
-            groups = self.optimizer_states(shard.rank)[PLACES[self.kind].weights]
+            groups = self.optimizer_states(shard.rank)[PLACES[self.wrapper].weights]
             weights = _flattened(groups)[shard.index]
         return weights.view(-1)  # type: ignore[no-any-return]
 
@@ -99,7 +94,7 @@ class SavedRun:
     def frozen(self, name: str, shape: torch.Size, start: int, numel: int) -> Tensor | None:
         """1-D: the elements [start, start + numel) of a frozen parameter; None when the checkpoint was saved without."""
         first = self.model_states()
-        if self.kind != ZERO_3:
+        if self.wrapper is not Wrapper.ZERO_3:
             whole = first["module"].get(name)
             return None if whole is None else whole.view(-1)[start : start + numel]
         fragments = first["frozen_param_fragments"]

@@ -11,19 +11,10 @@ import torch
 from torch import Tensor
 
 from ds_childtune.shards import FlatShard
-from ds_childtune.zero.checkpoint_read import PLAIN, What
-from ds_childtune.zero.engine import base_optimizer
+from ds_childtune.zero.checkpoint_read import What
+from ds_childtune.zero.engine import Engine, Wrapper, base_optimizer, wrapper_of
 from ds_childtune.zero.layout import SavedShard
 from ds_childtune.zero.overrides import Overrides
-
-Engine = Any
-
-
-def kind_of(engine: Engine) -> str:
-    """How the optimizer lays out its state: a class of DeepSpeed's, or `PLAIN`."""
-    if engine.optimizer is base_optimizer(engine):
-        return PLAIN
-    return type(engine.optimizer).__name__
 
 
 def refuse_unsupported_saving(engine: Engine) -> None:
@@ -153,15 +144,16 @@ def dense_masters(engine: Engine, shards: Sequence[FlatShard]) -> Iterator[None]
     may have no room for them.
     """
     optimizer = engine.optimizer
-    lists = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
-    name = next((name for name in lists if hasattr(optimizer, name)), None)
-    if name is None:
+    wrapper = wrapper_of(engine)
+    if wrapper not in (Wrapper.ZERO_3, Wrapper.ZERO_1_2):
         yield
         return
+    is_three = wrapper is Wrapper.ZERO_3
+    name = "fp32_partitioned_groups_flat" if is_three else "single_partition_of_fp32_groups"
     alone = [_alone(s.tensor) for s in shards]
     state = base_optimizer(engine).state
     # ZeRO-3 fills its param groups from the list for a state dict; at ZeRO 1 and 2 they hold the flat shards themselves.
-    pairs = zip((s.tensor for s in shards), alone, strict=True) if name == lists[0] else ()
+    pairs = zip((s.tensor for s in shards), alone, strict=True) if is_three else ()
     moved = [(tensor, copy) for tensor, copy in pairs if copy is not tensor and tensor in state]
     with Overrides() as overrides:
         overrides.attribute(optimizer, name, alone)
@@ -184,7 +176,7 @@ def _alone(tensor: Tensor) -> Tensor:
 def saved_shards(engine: Engine, shards: Sequence[FlatShard], rank: int) -> tuple[SavedShard, ...]:
     """Where this rank's flat shards will lie in DeepSpeed's files, in the order of `shards`."""
     optimizer = engine.optimizer
-    if hasattr(optimizer, "sub_group_to_group_id"):
+    if wrapper_of(engine) is Wrapper.ZERO_3:
         # ZeRO-3 leaves its param groups empty between steps, and fills them in the order of sub-groups for a state dict.
         groups = [optimizer.sub_group_to_group_id[i] for i in range(len(shards))]
         order = sorted(range(len(shards)), key=lambda i: (groups[i], i))

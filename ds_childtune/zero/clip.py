@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ds_childtune.child.tiles import tile_of
 from ds_childtune.shards import FlatShard
+from ds_childtune.zero.engine import Wrapper, is_offloaded, wrapper_of
 from ds_childtune.zero.overrides import Overrides
 
 
@@ -31,7 +32,7 @@ class Child(Protocol):
 
 def refuse_unsupported_clip(engine: Any) -> None:
     """Raise NotImplementedError, with a remedy, where the child's norm has no seam."""
-    if hasattr(engine.optimizer, "fp32_groups_flat_partition"):
+    if wrapper_of(engine) is Wrapper.BF16:
         raise NotImplementedError(
             'ds_childtune does not support child_tuning.clip "child" with BF16_Optimizer, which takes the norm of whole'
             " gradients on every rank, where a rank knows its own shard's mask. Remedy: use ZeRO stage 2 or 3, or remove"
@@ -49,14 +50,16 @@ class NormOfChild:
         self._shards = shards
         self._parameters = parameters
         self._child = child
-        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-            where, name, mask = optimizer, "_get_norm_groups", self._mask_partitions
-        elif hasattr(optimizer, "single_partition_of_fp32_groups"):
-            where, name, mask = optimizer, "scaled_global_norm", self._mask_partitions
-        elif hasattr(optimizer, "fp16_groups"):
-            where, name, mask = optimizer, "step", self._mask_parameters
-        else:
+        mask_partitions = self._mask_offloaded if is_offloaded(engine) else self._mask_partitions
+        wrapper = wrapper_of(engine)
+        if wrapper is Wrapper.ZERO_3:
+            where, name, mask = optimizer, "_get_norm_groups", mask_partitions
+        elif wrapper is Wrapper.ZERO_1_2:
+            where, name, mask = optimizer, "scaled_global_norm", mask_partitions
+        elif wrapper is Wrapper.NONE:
             where, name, mask = engine, "clip_fp32_gradients", self._mask_parameters
+        else:
+            where, name, mask = optimizer, "step", self._mask_parameters
 
         def masking(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             mask()
@@ -70,9 +73,6 @@ class NormOfChild:
 
     def _mask_partitions(self) -> None:
         optimizer = self._optimizer
-        if getattr(optimizer, "offload_optimizer", False) or getattr(optimizer, "cpu_offload", False):
-            self._mask_offloaded()
-            return
         for i, shard in enumerate(self._shards):
             for start, gradients in _batches(optimizer.averaged_gradients[i], tile_of(shard.tensor.device)):
                 if len(gradients) == 1:

@@ -1,7 +1,7 @@
 """What others read from DeepSpeed - `safe_get_*`, `refresh_fp32_params`, `offload_states` - while a child is compact.
 
 DeepSpeed answers from dense flat shards and dense optimizer state. With a compact child the state is the child's, zero elsewhere,
-and at depth deep there is no dense flat shard. So what is read is put together from child shards here, and what writes is
+and with compact masters there is no dense flat shard. So what is read is put together from child shards here, and what writes is
 refused by name where it would be lost.
 """
 
@@ -18,6 +18,7 @@ from ds_childtune.child.base_optimizer import per_element
 from ds_childtune.child.child_shard import ChildShard, put_
 from ds_childtune.child.compact import CompactChild
 from ds_childtune.zero.compact_stage12 import mapped_to
+from ds_childtune.zero.engine import Wrapper, wrapper_of
 from ds_childtune.zero.overrides import Overrides
 
 _SETS = "safe_set_full_fp32_param and safe_set_full_optimizer_state"
@@ -31,35 +32,38 @@ class Reads(Protocol):
 def redirect(engine: Any, child: CompactChild) -> Reads | None:
     """Answer from `child` from here on; None where nobody reads (ZeRO 0)."""
     optimizer = engine.optimizer
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        return _ZeroThree(optimizer, child)
-    if hasattr(optimizer, "single_partition_of_fp32_groups"):
-        return _Mapped(optimizer, child, optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups)
-    if hasattr(optimizer, "fp32_groups_flat_partition"):
-        return _Mapped(optimizer, child, optimizer.fp32_groups_flat_partition, optimizer.bf16_groups)
+    match wrapper_of(engine):
+        case Wrapper.ZERO_3:
+            return _ZeroThree(optimizer, child)
+        case Wrapper.ZERO_1_2:
+            linked = _link_in_order(optimizer) if optimizer.round_robin_gradients else []
+            flats, groups = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups
+            return _Mapped(optimizer, child, flats, groups, linked)
+        case Wrapper.BF16:
+            return _Mapped(optimizer, child, optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, [])
     return None
 
 
 class _Mapped:
     """What the parameters of ZeRO 1 and 2 know about their fragment of the optimizer's state."""
 
-    def __init__(self, optimizer: Any, child: CompactChild, flats: Any, groups: Any) -> None:
+    def __init__(self, optimizer: Any, child: CompactChild, flats: Any, groups: Any, linked: list[_Link]) -> None:
         self._child = child
         self._overrides = put = Overrides()
         pairs = [(flat, param) for flat, group in zip(flats, groups, strict=True) for param in group]
-        self._linked = _link_in_order(optimizer)
+        self._linked = linked
         self._mapped = [(flat, param._hp_mapping) for flat, param in pairs if param._hp_mapping is not None]
         for flat, mapping in self._mapped:
             mapping.optim_fragment = {}  # what is there are views of dense moments, which would keep them alive
             put.method(mapping, "get_hp_fragment", self._reader(child.shards[flat], mapping))
         for _, param in pairs:
-            if child.depth == "wrap":
+            if child.parts == "moments":
                 put.around(param, "set_full_hp_param", _set_weights)
             else:
                 put.method(param, "set_full_hp_param", _refusing(_SETS))
         # It drops every `_hp_mapping` and makes new ones from dense state.
         put.method(optimizer, "offload_states", _refusing("offload_states"))
-        if child.depth == "deep":
+        if child.parts != "moments":
             put.method(optimizer, "_restore_from_bit16_weights", self._restore_from_bit16_weights)
 
     def remove(self) -> None:
@@ -75,8 +79,8 @@ class _Mapped:
         def get_hp_fragment(optim_state_key: str | None = None) -> Tensor:
             if optim_state_key is not None:
                 return _state(self._child, shard, optim_state_key, start, numel)
-            # At depth wrap `safe_set_full_fp32_param` writes into what is returned here.
-            return mapping.hp_fragment if self._child.depth == "wrap" else _weights(shard, start, numel)
+            # With compact moments only, `safe_set_full_fp32_param` writes into what is returned here.
+            return mapping.hp_fragment if self._child.parts == "moments" else _weights(shard, start, numel)
 
         return get_hp_fragment
 
@@ -102,12 +106,10 @@ class _Link:
 
 
 def _link_in_order(optimizer: Any) -> list[_Link]:
-    """Map parameters to where they lie; what DeepSpeed had written before. Nothing to do where that is right.
+    """Map parameters to where they lie; what DeepSpeed had written before.
 
     With `round_robin_gradients` DeepSpeed links parameters in the order of `bit16_groups`, which is not that of the flat buffer.
     """
-    if not getattr(optimizer, "round_robin_gradients", False):
-        return []
     from deepspeed import comm as dist
     from deepspeed.utils.mixed_precision_linkage import link_hp_params
 
@@ -153,7 +155,7 @@ class _ZeroThree:
             "set_full_hp_param": _refusing(_SETS),
             "set_local_hp_param": _refusing("safe_set_local_fp32_param and safe_set_local_optimizer_state"),
         }
-        if child.depth == "deep":
+        if child.parts == "moments, masters and gradients":
             methods |= {
                 "_restore_from_bit16_weights": self._restore_from_bit16_weights,
                 "set_fp32_grad_for_param": _refusing("safe_set_full_grad"),
@@ -164,7 +166,7 @@ class _ZeroThree:
         self._overrides = Overrides()
         for name, method in methods.items():
             self._overrides.method(optimizer, name, method)
-        if child.depth == "deep":
+        if child.parts == "moments, masters and gradients":
             self._overrides.around(optimizer, "_get_fp32_grad_state_partition", self._grad_partition)
 
     def remove(self) -> None:

@@ -1,4 +1,4 @@
-"""Depth deep at ZeRO 1 and 2: DeepSpeed keeps no fp32 masters but the child's.
+"""Compact masters at ZeRO 1 and 2: DeepSpeed has fp32 masters of the child only.
 
 [Note: ZeRO-2 on child shards]
 After the norm, DeepSpeed's step makes a flat gradient of the masters' dtype, unscales and clips it, steps, and copies the masters
@@ -7,9 +7,9 @@ one onto itself), and one method is overridden on the instance:
 
     unscale_and_clip_grads     the child's elements of the flat gradient become its fp32 gradient, and are unscaled and clipped
 
-The step itself is that of depth wrap. The norm is still the whole gradient's, and gradient buffers stay dense, in 16 bits: the
-reduction is inlined in `average_tensor`, and `copy_grads_in_partition` and `get_flat_partition` keep whole parameters of its
-result, so there is no small place to index gradients earlier. What is lost of masters outside the child is as in
+The step itself is as where only moments are compact. The norm is still the whole gradient's, and gradient buffers stay whole, in
+16 bits: the reduction is inlined in `average_tensor`, and `copy_grads_in_partition` and `get_flat_partition` keep whole parameters
+of its result, so there is no small place to index gradients earlier. What is lost of masters outside the child is as in
 [Note: ZeRO-3 on child shards].
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from ds_childtune.child.child_shard import ChildShard
+from ds_childtune.child.compact import Parts
 from ds_childtune.zero.overrides import Overrides
 
 
@@ -46,7 +47,7 @@ def mapped_to(flat: Tensor, mappings: Iterable[Any]) -> None:
 class ZeroTwoPlumbing:
     """See [Note: ZeRO-2 on child shards]. The order of shards is that of `read_flat_shards`."""
 
-    norm_is_child = False
+    parts: Parts = "moments and masters"
 
     def __init__(self, engine: Any) -> None:
         self._optimizer = engine.optimizer

@@ -1,4 +1,4 @@
-"""Depth deep at ZeRO-3: DeepSpeed's optimizer steps child shards by itself.
+"""Compact masters and gradients at ZeRO-3: DeepSpeed's optimizer steps child shards by itself.
 
 [Note: ZeRO-3 on child shards]
 Between backward and step, ZeRO-3 keeps for every parameter a partition of its averaged gradient, and for every sub-group a flat
@@ -27,6 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from ds_childtune.child.child_shard import ChildShard, put_
+from ds_childtune.child.compact import Parts
 from ds_childtune.zero.lean_start import make_dense_gradient_buffer, make_gradient_buffer, parameters, take_gradients
 from ds_childtune.zero.overrides import Overrides
 
@@ -78,7 +79,7 @@ class _Partition:
 class ZeroThreePlumbing:
     """See [Note: ZeRO-3 on child shards]. The order of shards is that of `read_flat_shards`."""
 
-    norm_is_child = True
+    parts: Parts = "moments, masters and gradients"
 
     def __init__(self, engine: Any) -> None:
         self._optimizer = engine.optimizer

@@ -15,14 +15,11 @@ from torch import Tensor
 
 from ds_childtune.ranks import raise_together
 from ds_childtune.shards import FlatShard, Fragment
-from ds_childtune.zero.checkpoint_read import PLACES, PLAIN, SavedRun
-from ds_childtune.zero.checkpoint_write import kind_of
-from ds_childtune.zero.engine import base_optimizer
+from ds_childtune.zero.checkpoint_read import PLACES, SavedRun
+from ds_childtune.zero.engine import Engine, Wrapper, base_optimizer, wrapper_of
 from ds_childtune.zero.flat_shards import Parameters
 from ds_childtune.zero.layout import Layout, SavedShard
 from ds_childtune.zero.layout_check import different
-
-Engine = Any
 
 _SCALER = ("loss_scaler", "dynamic_loss_scale", "overflow")
 """Entries of a ZeRO optimizer's state dict that say how losses are scaled."""
@@ -60,7 +57,7 @@ def check_values(run: SavedRun, layout: Layout, shards: Sequence[FlatShard]) -> 
     At ZeRO 1 and 2 the weights of the forward pass lie beside their masters. See [Note: a layout is believed once its values have been
     seen]; before that was so, layouts with `round_robin_gradients` were wrong.
     """
-    if run.kind not in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
+    if run.wrapper not in (Wrapper.ZERO_1_2, Wrapper.BF16):
         return
     module, wrong = run.model_states()["module"], set()
     for shard in shards:
@@ -103,12 +100,12 @@ def load_elsewhere(
     Returns:
         the client state.
     """
-    with _partitioned(engine.optimizer):
+    with _partitioned(engine):
         with _halfway(run):
             _load_buffers_and_frozen(engine, run, layout, parameters)
             _load_optimizer(engine, run, layout, shards, mine)
             _load_progress(engine, run, load_lr_scheduler_states)
-        _update_forward_weights(engine.optimizer)
+        _update_forward_weights(engine)
     return _client_state(run)
 
 
@@ -133,7 +130,7 @@ def load_weights(
     Returns:
         the client state.
     """
-    with _partitioned(engine.optimizer):
+    with _partitioned(engine):
         with _halfway(run):
             _load_buffers_and_frozen(engine, run, layout, parameters)
             for shard in shards:
@@ -143,18 +140,19 @@ def load_weights(
                         fragment.of(shard.flat()).copy_(values)
             if progress:
                 _load_progress(engine, run, load_lr_scheduler_states)
-        _update_forward_weights(engine.optimizer)
+        _update_forward_weights(engine)
     return _client_state(run)
 
 
 @contextmanager
-def _partitioned(optimizer: Any) -> Iterator[None]:
+def _partitioned(engine: Engine) -> Iterator[None]:
     """ZeRO-3 keeps whole copies of small parameters; for the length of a `with` it has none. Collectives."""
-    if hasattr(optimizer, "checkpoint_event_prologue"):
-        optimizer.checkpoint_event_prologue()
+    if wrapper_of(engine) is not Wrapper.ZERO_3:
+        yield
+        return
+    engine.optimizer.checkpoint_event_prologue()
     yield
-    if hasattr(optimizer, "checkpoint_event_epilogue"):
-        optimizer.checkpoint_event_epilogue()
+    engine.optimizer.checkpoint_event_epilogue()
 
 
 @contextmanager
@@ -218,7 +216,7 @@ def _load_optimizer(
     See [Note: elastic resume]: what the device holds does not grow, unless there were no moments yet.
     """
     optimizer = engine.optimizer
-    kind = kind_of(engine)
+    wrapper = wrapper_of(engine)
     base = base_optimizer(engine)
     for shard in shards:
         _fill(shard.flat(), shard, layout, run.weights)
@@ -227,7 +225,7 @@ def _load_optimizer(
         for shard, place in zip(shards, mine, strict=True)
     }
     template = optimizer.state_dict()
-    new = template if kind == PLAIN else template[PLACES[kind].base]
+    new = template if wrapper is Wrapper.NONE else template[PLACES[wrapper].base]
     groups = run.base_state(0)["param_groups"]
     loaded = {
         "state": {i: state for i, state in sorted(states.items()) if state},
@@ -235,17 +233,17 @@ def _load_optimizer(
             {**old, "params": new["params"]} for old, new in zip(groups, new["param_groups"], strict=True)
         ],
     }
-    if kind == PLAIN:
+    if wrapper is Wrapper.NONE:
         optimizer.load_state_dict(loaded)
         return
-    template[PLACES[kind].base] = loaded
+    template[PLACES[wrapper].base] = loaded
     old = run.optimizer_states(0)
     template |= {key: old[key] for key in _SCALER if key in old and key in template}
-    if kind.startswith("FP16"):
-        template[PLACES[kind].weights] = getattr(optimizer, PLACES[kind].weights)
+    if not wrapper.is_zero:
+        template[PLACES[wrapper].weights] = getattr(optimizer, PLACES[wrapper].weights)
         optimizer.load_state_dict(template)
     else:
-        template[PLACES[kind].weights] = [shard.flat() for shard in shards]
+        template[PLACES[wrapper].weights] = [shard.flat() for shard in shards]
         ranks = torch.distributed.get_world_size(optimizer.dp_process_group)
         optimizer.load_state_dict([template] * ranks, load_optimizer_states=True, load_from_fp32_weights=True)
 
@@ -262,18 +260,19 @@ def _client_state(run: SavedRun) -> dict[str, Any]:
     return {key: value for key, value in run.model_states().items() if key not in _NOT_THE_CLIENT_S}
 
 
-def _update_forward_weights(optimizer: Any) -> None:
-    """16-bit weights from their masters; an optimizer in fp32 has no others. A collective."""
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+def _update_forward_weights(engine: Engine) -> None:
+    """16-bit weights from their masters; without a wrapper the base optimizer steps the weights themselves. A collective."""
+    optimizer, wrapper = engine.optimizer, wrapper_of(engine)
+    if wrapper is Wrapper.ZERO_3:
         for sub_group, lp in enumerate(optimizer.fp16_partitioned_groups_flat):
             if lp is None or lp.data_ptr() != optimizer.fp32_partitioned_groups_flat[sub_group].data_ptr():
                 optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
-    elif hasattr(optimizer, "update_lp_params"):
+    elif wrapper.is_zero:
         optimizer.update_lp_params()
-    elif hasattr(optimizer, "fp16_groups_flat"):
+    elif wrapper is Wrapper.FP16_FUSED:
         for lp, hp in zip(optimizer.fp16_groups_flat, optimizer.fp32_groups_flat, strict=True):
             lp.data.copy_(hp)
-    elif hasattr(optimizer, "fp32_groups"):
+    elif wrapper is Wrapper.FP16_UNFUSED:
         for lps, hps in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for lp, hp in zip(lps, hps, strict=True):
                 lp.data.copy_(hp)

@@ -6,6 +6,7 @@ upgrade of DeepSpeed fails there first.
 
 from __future__ import annotations
 
+import enum
 from typing import Any
 
 import torch
@@ -14,6 +15,47 @@ from ds_childtune.shards import FlatShard
 
 Engine = Any
 """A `deepspeed.DeepSpeedEngine`; DeepSpeed ships no types."""
+
+
+class Wrapper(str, enum.Enum):
+    """What DeepSpeed puts around the base optimizer: one class for each way to hold the optimizer's state.
+
+    The values are the classes' names; files of checkpoints have them.
+    """
+
+    NONE = "plain"
+    """The base optimizer itself: ZeRO 0 in fp32."""
+    FP16_FUSED = "FP16_Optimizer"
+    """ZeRO 0 in 16 bits, with a fused optimizer."""
+    FP16_UNFUSED = "FP16_UnfusedOptimizer"
+    """ZeRO 0 in 16 bits, with another optimizer."""
+    BF16 = "BF16_Optimizer"
+    """ZeRO 1 in bf16, with gradients that are accumulated in fp32."""
+    ZERO_1_2 = "DeepSpeedZeroOptimizer"
+    ZERO_3 = "DeepSpeedZeroOptimizer_Stage3"
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether ranks hold a part of the masters each."""
+        return self in (Wrapper.BF16, Wrapper.ZERO_1_2, Wrapper.ZERO_3)
+
+
+def wrapper_of(engine: Engine) -> Wrapper:
+    """What is around the engine's base optimizer; `NONE` for what ds_childtune does not know, which `attach` refuses."""
+    of = type(engine.optimizer)
+    known = of.__module__.startswith("deepspeed.") and of.__name__ in {w.value for w in Wrapper}
+    return Wrapper(of.__name__) if known else Wrapper.NONE
+
+
+def is_offloaded(engine: Engine) -> bool:
+    """Whether the optimizer's state is in the host's memory, and its step is taken there."""
+    optimizer = engine.optimizer
+    match wrapper_of(engine):
+        case Wrapper.ZERO_3:
+            return bool(optimizer.offload_optimizer)
+        case Wrapper.ZERO_1_2:
+            return bool(optimizer.cpu_offload)
+    return False
 
 
 def child_tuning_block(engine: Engine) -> object:
@@ -39,13 +81,21 @@ def empty_param_groups(engine: Engine) -> None:
     Those of the Adagrad that it builds are full before the first one. A state dict would then have every flat shard twice, and
     none that is loaded would fit.
     """
+    if wrapper_of(engine) is Wrapper.ZERO_3:
+        engine.optimizer._clear_fp32_optimizer_param_groups()
+
+
+def wrapped_groups(engine: Engine) -> list[list[Any]] | None:
+    """The parameters in whose place DeepSpeed steps flat shards, by group, at ZeRO-3 by sub-group; None without a wrapper."""
     optimizer = engine.optimizer
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        optimizer._clear_fp32_optimizer_param_groups()
-
-
-_GROUPS = ("bit16_groups", "bf16_groups", "fp16_groups")
-"""Lists of parameters by group, of DeepSpeed's optimizers."""
+    match wrapper_of(engine):
+        case Wrapper.NONE:
+            return None
+        case Wrapper.ZERO_1_2:
+            return optimizer.bit16_groups  # type: ignore[no-any-return]
+        case Wrapper.BF16:
+            return optimizer.bf16_groups  # type: ignore[no-any-return]
+    return optimizer.fp16_groups  # type: ignore[no-any-return]
 
 
 def data_parallel_rank(engine: Engine) -> int:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_childtune.shards import FlatShard, Fragment
-from ds_childtune.zero.engine import _GROUPS, Engine, data_parallel_rank
+from ds_childtune.zero.engine import Engine, Wrapper, data_parallel_rank, wrapped_groups, wrapper_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ def read_parameters(engine: Engine) -> Parameters:
     Raises:
         NotImplementedError: when the optimizer holds parameters that are not the model's.
     """
-    held = {id(p): p for p in _held(engine.optimizer) if p.requires_grad or _is_wrapper(engine.optimizer)}
+    # Flat shards are stepped when parameters in them are frozen, too.
+    flat = wrapper_of(engine) is not Wrapper.NONE
+    held = {id(p): p for p in _held(engine) if p.requires_grad or flat}
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
     by_name: dict[str, nn.Parameter] = {}
@@ -84,7 +86,7 @@ def read_parameters(engine: Engine) -> Parameters:
 
 def changed_parameters(engine: Engine, parameters: Parameters) -> list[str]:
     """Names of parameters that came, went, have another shape, or left the optimizer. Frozen or not makes no difference."""
-    held = {id(p) for p in _held(engine.optimizer)}
+    held = {id(p) for p in _held(engine)}
     now = dict(engine.module.named_parameters())
     changed = {name for name, _ in _shapes(engine).items() ^ parameters.shapes.items()}
     changed |= {name for name, p in parameters.by_name.items() if now.get(name) is not p or id(p) not in held}
@@ -95,16 +97,11 @@ def _shapes(engine: Engine) -> dict[str, torch.Size]:
     return {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
 
 
-def _is_wrapper(optimizer: Any) -> bool:
-    """Whether DeepSpeed has put flat shards in the place of parameters. These are stepped when parameters are frozen, too."""
-    return any(hasattr(optimizer, name) for name in _GROUPS)
-
-
-def _held(optimizer: Any) -> list[Any]:
+def _held(engine: Engine) -> list[Any]:
     """The parameters that the optimizer was given and took."""
-    groups = next((getattr(optimizer, name) for name in _GROUPS if hasattr(optimizer, name)), None)
+    groups = wrapped_groups(engine)
     if groups is None:
-        groups = [group["params"] for group in optimizer.param_groups]
+        groups = [group["params"] for group in engine.optimizer.param_groups]
     return [param for group in groups for param in group]
 
 
@@ -112,17 +109,18 @@ def read_flat_shards(engine: Engine, parameters: Parameters) -> tuple[FlatShard,
     """What the base optimizer steps on this rank. See [Note: the one place] and [Note: flat shards]."""
     names = {id(p): name for name, p in parameters.by_name.items()}
     optimizer = engine.optimizer
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+    wrapper = wrapper_of(engine)
+    if wrapper is Wrapper.ZERO_3:
         return _stage3_shards(optimizer, names)
-    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+    if wrapper is Wrapper.ZERO_1_2:
         return _sliced_shards(optimizer, names)
-    if hasattr(optimizer, "fp32_groups_flat_partition"):
+    if wrapper is Wrapper.BF16:
         return _mapped_shards(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, names)
     counted = data_parallel_rank(engine) == 0
-    if hasattr(optimizer, "fp32_groups_flat"):
+    if wrapper is Wrapper.FP16_FUSED:
         flat = zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True)
         return tuple(_whole_parameters(tensor, group, names, counted) for tensor, group in flat)
-    if hasattr(optimizer, "fp32_groups"):
+    if wrapper is Wrapper.FP16_UNFUSED:
         pairs = [
             (hp, lp)
             for hps, lps in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_childtune.shards import FlatShard
+from ds_childtune.zero.engine import Wrapper, wrapper_of
 from ds_childtune.zero.weights import local_weights
 
 _SAMPLES = 1 << 16
@@ -50,7 +51,7 @@ def check_layout(engine: Any, parameters: Mapping[str, nn.Parameter], shards: Se
         RuntimeError: on this rank, where they differ.
         NotImplementedError: where weights are not in memory as they are.
     """
-    exact = not hasattr(engine.optimizer, "fp16_groups") or hasattr(engine.optimizer, "fp32_partitioned_groups_flat")
+    exact = wrapper_of(engine) not in (Wrapper.FP16_FUSED, Wrapper.FP16_UNFUSED)
     looks = list(_looks(parameters, shards, exact=exact))
     wrong = [(look, count) for look, count in zip(looks, _counts(looks), strict=True) if count]
     if not wrong:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_childtune.zero.compact_depth import _is_offloaded, _is_zero_three, _is_zero_two
 from ds_childtune.zero.compact_stage12 import mapped_to, parameter_partitions
+from ds_childtune.zero.engine import Wrapper, is_offloaded, wrapper_of
 from ds_childtune.zero.lean_start import restore_dense
 
 
@@ -35,9 +35,10 @@ def separate_masters(engine: Any) -> None:
 def _copies(engine: Any) -> list[tuple[Tensor, Tensor, list[Any]]]:
     """Flat shard, parameter shard, and the `_hp_mapping`s of the former, which ZeRO-3 has not."""
     optimizer = engine.optimizer
-    if _is_zero_three(optimizer) and not _is_offloaded(optimizer):
+    wrapper = wrapper_of(engine)
+    if wrapper is Wrapper.ZERO_3 and not (is_offloaded(engine) or optimizer.offload_param):
         flats, lps = optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat
         return [(flat, lp, []) for flat, lp in zip(flats, lps, strict=True)]
-    if _is_zero_two(optimizer) and not _is_offloaded(optimizer):
+    if wrapper is Wrapper.ZERO_1_2 and not is_offloaded(engine):
         return parameter_partitions(optimizer)
     return []

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ds_childtune.ranks import raise_together
-from ds_childtune.zero.engine import _GROUPS, Engine, base_optimizer
+from ds_childtune.zero.engine import Engine, Wrapper, base_optimizer, wrapped_groups, wrapper_of
 
 
 def check_engine(given: object) -> None:
@@ -48,13 +48,13 @@ def _engine_class() -> type:
 
 def missing_groups(engine: Engine) -> str | None:
     """What is wrong when the base optimizer has not the param groups any more that ZeRO took over, or None."""
-    optimizer = engine.optimizer
-    if hasattr(optimizer, "sub_group_to_group_id"):
-        expected = len(set(optimizer.sub_group_to_group_id.values()))
-    else:
-        expected = next((len(getattr(optimizer, name)) for name in _GROUPS if hasattr(optimizer, name)), -1)
+    optimizer, groups = engine.optimizer, wrapped_groups(engine)
     found = len(base_optimizer(engine).param_groups)
-    if expected in (-1, found):
+    if groups is None:
+        return None
+    sub_groups = optimizer.sub_group_to_group_id if wrapper_of(engine) is Wrapper.ZERO_3 else None
+    expected = len(groups) if sub_groups is None else len(set(sub_groups.values()))
+    if expected == found:
         return None
     what = f"expected the {expected} param groups that deepspeed.initialize was given, got {found}"
     if found < expected:
@@ -70,12 +70,6 @@ def missing_groups(engine: Engine) -> str | None:
 
 def refuse_unsupported_engine(engine: Engine) -> None:
     """Raise NotImplementedError, with a remedy, for a set-up where masks would not act or not be exact."""
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
-    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
     base = engine.basic_optimizer
     if base is None or engine.optimizer is None:
         raise ValueError(
@@ -88,13 +82,6 @@ def refuse_unsupported_engine(engine: Engine) -> None:
     offload = zero.offload_optimizer
     base_name = type(base).__name__
     wrapper = engine.optimizer
-    exact = (
-        DeepSpeedZeroOptimizer,
-        DeepSpeedZeroOptimizer_Stage3,
-        BF16_Optimizer,
-        FP16_Optimizer,
-        FP16_UnfusedOptimizer,
-    )
     refusals = {
         "pipeline parallelism": (engine.pipeline_parallelism, "use ZeRO data parallelism"),
         "tensor parallelism (AutoTP or an mpu)": (engine.autotp_size() > 1 or engine.mpu is not None, "use ZeRO-3"),
@@ -130,7 +117,7 @@ def refuse_unsupported_engine(engine: Engine) -> None:
             "use the optimizer that it wraps, or call torch.optim.Optimizer.__init__ in its constructor",
         ),
         f"the optimizer wrapper {type(wrapper).__name__}": (
-            not (wrapper is base or type(wrapper) in exact),
+            wrapper is not base and wrapper_of(engine) is Wrapper.NONE,
             "use ZeRO stage 0, 1, 2 or 3 with a standard optimizer",
         ),
     }

@@ -26,7 +26,8 @@ FUSED = Optimizer("AdamW", {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1})
 @dataclass(frozen=True)
 class Case:
     setup: Setup
-    depth: str
+    masters: bool
+    """Whether masters are compact, too, and at ZeRO-3 gradients; otherwise moments only."""
     past: bool = True
     """Train dense first, so that there are moments to take over."""
     reselect: bool = True
@@ -47,7 +48,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Run:
-    depth: str
+    parts: str
     start: Weights
     phases: list[Phase]
     state_numel: int
@@ -87,7 +88,7 @@ def run(case: Case, optimizer_state: str, clip: str | None = None) -> Run:
             if number == 0:
                 tensors = [v for of in state.values() for v in of.values() if isinstance(v, Tensor) and v.dim()]
                 state_numel = sum(v.numel() for v in tensors)
-                shards, depth = child.attachment.shards, getattr(child._hooks.child, "depth", "dense")
+                shards, parts = child.attachment.shards, getattr(child._hooks.child, "parts", "dense")
                 child_numel = sum(
                     int(child._hooks.child.child_mask(s, f, 0).sum()) for s in shards for f in s.fragments
                 )
@@ -96,38 +97,45 @@ def run(case: Case, optimizer_state: str, clip: str | None = None) -> Run:
         if case.after:
             train()
         phases.append(Phase(master_weights(engine), model_weights(engine), {}))
-        return Run(depth, start, phases, state_numel, child_numel, flat_state)
+        return Run(parts, start, phases, state_numel, child_numel, flat_state)
+
+
+def parts_of(setup: Setup, *, masters: bool) -> str:
+    """What is compact, where masters are, or are not."""
+    if not masters:
+        return "moments"
+    return "moments, masters and gradients" if setup.stage == 3 else "moments and masters"
 
 
 CLIPPED = Setup(accumulation=2, clip=0.5, schedule=True)
 
 BASE = replace(CLIPPED, clip=0.0)
 
-FROM_START = Case(Setup(), "deep", past=False, reselect=False)
-"""Of a deep child in bf16, which lets go of what masters outside it hold beyond their 16-bit weights."""
+FROM_START = Case(Setup(), True, past=False, reselect=False)
+"""In bf16 compact masters lose what masters outside the child hold beyond their 16-bit weights."""
 
 CASES = {
-    "zero0": Case(replace(CLIPPED, stage=0), "wrap"),
-    "zero0-bf16": Case(replace(CLIPPED, stage=0, bf16=True), "wrap"),
-    "zero1-sgd": Case(replace(CLIPPED, stage=1, optimizer=SGD), "deep"),
+    "zero0": Case(replace(CLIPPED, stage=0), False),
+    "zero0-bf16": Case(replace(CLIPPED, stage=0, bf16=True), False),
+    "zero1-sgd": Case(replace(CLIPPED, stage=1, optimizer=SGD), True),
     "zero1-bf16-groups": replace(FROM_START, setup=replace(CLIPPED, stage=1, bf16=True, no_decay=("ln", "bias"))),
-    "zero1-bf16-fp32-accumulation": Case(replace(CLIPPED, stage=1, bf16=True, fp32_accumulation=True), "wrap"),
-    "zero1-round-robin": Case(replace(CLIPPED, stage=1, round_robin=True, no_decay=("ln", "bias")), "deep"),
+    "zero1-bf16-fp32-accumulation": Case(replace(CLIPPED, stage=1, bf16=True, fp32_accumulation=True), False),
+    "zero1-round-robin": Case(replace(CLIPPED, stage=1, round_robin=True, no_decay=("ln", "bias")), True),
     "zero2-bf16-round-robin": replace(FROM_START, setup=replace(CLIPPED, stage=2, bf16=True, round_robin=True)),
-    "zero2-offload-round-robin": Case(replace(CLIPPED, stage=2, offload=True, round_robin=True), "wrap"),
-    "zero2-llama": Case(replace(CLIPPED, stage=2, family="llama"), "deep"),
-    "zero2-t5-sgd": Case(replace(CLIPPED, stage=2, family="t5", optimizer=SGD), "deep"),
+    "zero2-offload-round-robin": Case(replace(CLIPPED, stage=2, offload=True, round_robin=True), False),
+    "zero2-llama": Case(replace(CLIPPED, stage=2, family="llama"), True),
+    "zero2-t5-sgd": Case(replace(CLIPPED, stage=2, family="t5", optimizer=SGD), True),
     "zero2-bf16-odd": replace(FROM_START, setup=replace(CLIPPED, stage=2, bf16=True, family="odd")),
-    "zero2-offload-cpuadam": Case(replace(CLIPPED, stage=2, offload=True, optimizer=FUSED), "wrap"),
-    "zero3-clipped-odd": Case(replace(CLIPPED, stage=3, family="odd"), "wrap"),
+    "zero2-offload-cpuadam": Case(replace(CLIPPED, stage=2, offload=True, optimizer=FUSED), False),
+    "zero3-clipped-odd": Case(replace(CLIPPED, stage=3, family="odd"), False),
     "zero3-clipped-bf16": Case(
-        replace(CLIPPED, stage=3, bf16=True, zero_init=True, persistence_threshold=50, sub_group_size=900), "wrap"
+        replace(CLIPPED, stage=3, bf16=True, zero_init=True, persistence_threshold=50, sub_group_size=900), False
     ),
-    "zero3-offload-cpuadam": Case(replace(CLIPPED, stage=3, offload=True, optimizer=FUSED), "wrap"),
-    "zero3-odd": Case(replace(BASE, stage=3, family="odd", persistence_threshold=8, sub_group_size=20), "deep"),
-    "zero3-sub-groups": Case(replace(BASE, stage=3, sub_group_size=700, no_decay=("bias",)), "deep"),
-    "zero3-t5-sgd": Case(replace(BASE, stage=3, family="t5", optimizer=SGD), "deep"),
-    "zero3-llama-adagrad": Case(replace(BASE, stage=3, family="llama", optimizer=ADAGRAD, sub_group_size=300), "deep"),
+    "zero3-offload-cpuadam": Case(replace(CLIPPED, stage=3, offload=True, optimizer=FUSED), False),
+    "zero3-odd": Case(replace(BASE, stage=3, family="odd", persistence_threshold=8, sub_group_size=20), True),
+    "zero3-sub-groups": Case(replace(BASE, stage=3, sub_group_size=700, no_decay=("bias",)), True),
+    "zero3-t5-sgd": Case(replace(BASE, stage=3, family="t5", optimizer=SGD), True),
+    "zero3-llama-adagrad": Case(replace(BASE, stage=3, family="llama", optimizer=ADAGRAD, sub_group_size=300), True),
     "zero3-bf16-odd-fused": replace(
         FROM_START, setup=replace(BASE, stage=3, bf16=True, family="odd", optimizer=FUSED, sub_group_size=20)
     ),
@@ -136,7 +144,7 @@ CASES = {
     ),
     "zero3-bf16-zero-init": Case(
         replace(BASE, stage=3, bf16=True, zero_init=True, persistence_threshold=50, sub_group_size=900),
-        "deep",
+        True,
         past=False,
         after=False,
     ),
@@ -151,14 +159,14 @@ def check(case: Case, dense: list[Run], compact: list[Run]) -> None:
         return torch.allclose(got, expected, rtol, atol) if fused else torch.equal(got, expected)
 
     for a, b in zip(dense, compact, strict=True):
-        assert (a.depth, b.depth) == ("dense", case.depth)
+        assert (a.parts, b.parts) == ("dense", parts_of(case.setup, masters=case.masters))
         for number, (expected, got) in enumerate(zip(a.phases, b.phases, strict=True)):
             differing = [n for n, w in expected.forward.items() if not same(w, got.forward[n])]
             assert differing == [], number
             for n, mask in expected.masks.items():
                 assert torch.equal(mask, got.masks[n])
                 assert same(expected.masters[n][mask], got.masters[n][mask]), (number, n)
-            if not (case.setup.bf16 and case.depth == "deep"):
+            if not (case.setup.bf16 and case.masters):
                 assert all(same(w, got.masters[n]) for n, w in expected.masters.items()), number
         first = b.phases[0]
         moved = {n: w != b.start[n] for n, w in first.masters.items()}

@@ -1,0 +1,100 @@
+"""Which parts of the optimizer's state a compact child has to itself.
+
+[Note: what is compact]
+Everywhere *moments* exist for the child's elements only. DeepSpeed can also be made to keep nothing but the child's of
+
+    ZeRO 1, 2    masters                   without offload, and with gradients that are accumulated in the model's dtype
+    ZeRO-3       masters and gradients     without offload, and where no norm of the whole gradient is needed
+
+so that is done where the config allows it. This file decides; `compact_stage12.py` and `compact_stage3.py` do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ds_childtune.child.compact import Plumbing
+from ds_childtune.zero.compact_stage3 import ZeroThreePlumbing
+from ds_childtune.zero.compact_stage12 import ZeroTwoPlumbing
+from ds_childtune.zero.engine import Engine, Wrapper, is_offloaded, wrapper_of
+from ds_childtune.zero.lean_start import is_lean
+
+Clip = Literal["dense", "child"] | None
+"""`child_tuning.clip`."""
+
+
+@dataclass(frozen=True)
+class CompactParts:
+    """What is compact on an engine. See [Note: what is compact]."""
+
+    plumbing: Plumbing | None
+    """None: moments only."""
+    text: str
+    """The same for a reader, and why it is not more."""
+
+    @classmethod
+    def of(cls, engine: Engine, clip: Clip) -> CompactParts:
+        """As much as there can be without changing what the config says about the gradient norm."""
+        against = _reason_against(engine, clip)
+        if against is not None:
+            return cls(None, f"moments of the child only; masters and gradients stay whole: {against}")
+        if wrapper_of(engine) is Wrapper.ZERO_3:
+            text = "moments, masters and gradients of the child only; the gradient norm is the child's"
+            return cls(ZeroThreePlumbing(engine), text)
+        text = "moments and masters of the child only; gradients stay whole: ZeRO 1 and 2 reduce them so"
+        return cls(ZeroTwoPlumbing(engine), text)
+
+
+def refuse_lean(engine: Engine, *, compact: bool, clip: Clip) -> None:
+    """Raise NotImplementedError where an engine of `lean_start` would need what it left out."""
+    if not is_lean(engine):
+        return
+    reason = _reason_against(engine, clip) if compact else 'optimizer_state is "dense"'
+    if reason is not None:
+        raise NotImplementedError(
+            f'attach: after lean_start, expected a child of optimizer_state "compact" with compact masters and gradients, but'
+            f' {reason}. Remedy: set "optimizer_state": "compact" and "clip": "child", or leave lean_start out.'
+        )
+
+
+def can_start_lean(config: Mapping[str, Any]) -> bool:
+    """Whether an engine of this DeepSpeed config can begin inside `lean_start`: ask before `deepspeed.initialize`.
+
+    Args:
+        config: the DeepSpeed config, with its "child_tuning" block.
+    """
+    child, zero = config.get("child_tuning") or {}, config.get("zero_optimization") or {}
+    devices = [(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
+    return (
+        child.get("optimizer_state") == "compact"
+        and zero.get("stage") == 3
+        and not (config.get("fp16") or {}).get("enabled", False)
+        and all(device == "none" for device in devices)
+        and _norm_of_whole(child.get("clip"), clips=config.get("gradient_clipping") != 0) is None
+    )
+
+
+def _reason_against(engine: Engine, clip: Clip) -> str | None:
+    """Why masters cannot be compact, or None."""
+    optimizer = engine.optimizer
+    wrapper = wrapper_of(engine)
+    if wrapper not in (Wrapper.ZERO_1_2, Wrapper.ZERO_3):
+        return f"{type(optimizer).__name__} keeps them in another way than ZeRO's"
+    if is_offloaded(engine) or (wrapper is Wrapper.ZERO_3 and optimizer.offload_param):
+        return "with offload the optimizer's state is not on the device"
+    if wrapper is Wrapper.ZERO_3:
+        return _norm_of_whole(clip, clips=engine.gradient_clipping() > 0)
+    if optimizer.gradient_accumulation_dtype != optimizer.dtype:
+        return f"gradients are accumulated in {optimizer.gradient_accumulation_dtype}, parameters are {optimizer.dtype}"
+    return None
+
+
+def _norm_of_whole(clip: Clip, *, clips: bool) -> str | None:
+    """Why the norm of the whole gradient is needed at ZeRO-3, or None."""
+    if clip == "dense":
+        return 'child_tuning.clip "dense" needs the norm of the whole gradient'
+    if clip is None and clips:
+        return 'gradient_clipping needs the norm of the whole gradient, unless child_tuning.clip is "child"'
+    return None
