@@ -317,6 +317,7 @@ def work(args: argparse.Namespace) -> None:
     fused = _fused_adam_works()
     # What is loaded and compiled on first use belongs to nobody.
     attempt("child p=0.1", args.stage, "64x1", args.length, 2, fused)
+    gc.freeze()  # nor is it looked through whenever bytes are counted
 
     def keep(**line: Any) -> None:
         with args.results.open("a") as file:

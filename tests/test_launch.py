@@ -1,7 +1,7 @@
-"""The main job and its recipes as people start them: one node, two nodes, OpenMPI, no compiler.
+"""The main job, and its recipes as people start them: one node, two nodes, OpenMPI, no compiler.
 
-Two ranks train on the same batches however they were started, so every start must end with the same numbers. Two "nodes" are two
-launchers on loopback.
+Two ranks train on the same batches however they were started, so every start must end with the numbers of a run in ranks that were
+there already. Two "nodes" are two launchers on loopback.
 """
 
 from __future__ import annotations
@@ -24,59 +24,29 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import ds_childtune
+from tests.support import finetune_jobs, trainer_job
 from tests.support.engines import train_step
+from tests.support.finetune_jobs import ROOT, command_line, make_inputs, options
 from tests.support.models import batches, build, deal
 from tests.support.ranks import RankPool
 
-ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 SECONDS = 240.0
 """A run that is not done by then hangs; with two busy cores each takes about twenty seconds."""
 
-WORDS = ["good", "fine", "bad", "poor", "film", "book", "song", "the", "a", "was"]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BERT and GPT-2 as transformers folders, and data: a text's first word says its label."""
     folder = tmp_path_factory.mktemp("launch")
-    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", eos_token="[PAD]", model_max_length=32
-    )
-    bert = transformers.BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=32,
-    )
-    gpt2 = transformers.GPT2Config(vocab_size=len(words), n_positions=32, n_embd=16, n_layer=2, n_head=2)
-    transformers.set_seed(0)
-    for name, model in (("bert", transformers.BertModel(bert)), ("gpt2", transformers.GPT2LMHeadModel(gpt2))):
-        model.save_pretrained(folder / name)
-        fast.save_pretrained(folder / name)
-    for name, count in (("train", 40), ("eval", 13)):
-        rows = [
-            {"text": f"{WORDS[i % 4]} {WORDS[4 + i % 3]} {'was the ' * (i % 5)}", "label": i % 4 // 2}
-            for i in range(count)
-        ]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    make_inputs(folder)
     return folder
 
 
-def job(folder: Path, results: Path, *more: str) -> list[str]:
+def job(folder: Path, results: Path, **more: Any) -> list[str]:
     """Arguments of launch/finetune.py."""
-    files = ["--train-file", f"{folder}/train.jsonl", "--eval-file", f"{folder}/eval.jsonl"]
-    few = ["--batch-size", "4", "--max-steps", "4", "--lr", "0.01", "--max-length", "16"]
-    return ["--model", f"{folder}/bert", *files, *few, "--results", str(results), *more]
+    return command_line(options(folder, results=results, **more))
 
 
 def environment(folder: Path, **changes: str) -> dict[str, str]:
@@ -115,67 +85,72 @@ def deepspeed_launcher(ranks: int) -> list[str]:
     return [*launcher, "--num_gpus", str(ranks)]
 
 
-def launch(folder: Path, *arguments: str, ranks: int = 2, script: str = "launch/finetune.py", **changes: str) -> str:
-    """Run a script under the deepspeed launcher, on one node."""
-    with started([*deepspeed_launcher(ranks), script, *arguments], environment(folder, **changes)) as process:
-        return output_of(process)
+def without_compiler(folder: Path) -> dict[str, str]:
+    """Of a machine that has none."""
+    tools = folder / "bin"
+    if not tools.exists():
+        tools.mkdir()
+        for tool in ("bash", "env", "hostname", "python3", "uname"):
+            found = shutil.which(tool)
+            if found:
+                (tools / tool).symlink_to(found)
+    path = os.pathsep.join([str(BIN), str(tools)])
+    assert shutil.which("g++", path=path) is None
+    caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+    return {"PATH": path, "CXX": "/no/compiler", "CC": "/no/compiler", **caches}
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def only_result(path: Path) -> dict[str, Any]:
-    lines = path.read_text().splitlines()
+    lines = lines_of(path)
     assert len(lines) == 1, "expected one line, written by rank 0"
-    return json.loads(lines[0])  # type: ignore[no-any-return]
+    return lines[0]
 
 
-def checkpoints(folder: Path) -> list[str]:
-    return ["--checkpoints", f"{folder}/checkpoints", "--save-every", "3"]
-
-
-@pytest.fixture(scope="module")
-def one_node(folder: Path) -> dict[str, Any]:
-    """Two ranks under one launcher, on a machine without a compiler; the tuned model is saved."""
-    no_compiler = folder / "bin"
-    no_compiler.mkdir()
-    for tool in ("bash", "env", "hostname", "python3", "uname"):
-        found = shutil.which(tool)
-        if found:
-            (no_compiler / tool).symlink_to(found)
-    path = os.pathsep.join([str(BIN), str(no_compiler)])
-    assert shutil.which("g++", path=path) is None
-    results = folder / "one_node.jsonl"
-    arguments = job(folder, results, "--output", f"{folder}/tuned", "--export", f"{folder}/child", *checkpoints(folder))
-    output = launch(folder, *arguments, PATH=path, CXX="/no/compiler", CC="/no/compiler")
-    assert "accuracy" in output
-    assert "density" in output
-    assert output.count("are eligible (") == 1, "attach reports on rank 0 alone, whatever DeepSpeed's log level"
-    assert output.count("ChildTuning-D: kept") == 1
-    return only_result(results)
+def in_process(pool: RankPool, folder: Path, ranks: int = 2, **more: Any) -> dict[str, Any]:
+    """The result of a run without a launcher."""
+    ended = pool[ranks].run(finetune_jobs.run, folder, options(folder, **more))
+    assert [end.error for end in ended] == [""] * ranks
+    return ended[0].result
 
 
 def same_training(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return all(a[key] == b[key] for key in ("train_loss", "metrics", "density", "steps", "world_size"))
 
 
-def test_one_node_without_a_compiler(one_node: dict[str, Any], folder: Path) -> None:
-    assert one_node["world_size"] == 2
-    assert one_node["method"] == "ChildTuning-D"
-    assert one_node["density"] == pytest.approx(one_node["ds_config"]["child_tuning"]["reserve_p"], abs=1e-3)
-    assert one_node["seconds"]["fisher"] > 0
+@pytest.fixture(scope="module")
+def expected(pool: RankPool, folder: Path) -> dict[str, Any]:
+    """ChildTuning-D on two ranks, which no launcher has started; its checkpoint, tuned model and exported child are in `folder`."""
+    made = {"output": folder / "tuned", "export": folder / "child", "checkpoints": folder / "checkpoints"}
+    return in_process(pool, folder, save_every=3, results=folder / "expected.jsonl", **made)
+
+
+# ---------------------------------------------------------------- what the job does, without a launcher
+
+
+def test_the_result_is_written(expected: dict[str, Any], folder: Path) -> None:
+    assert only_result(folder / "expected.jsonl") == json.loads(json.dumps(expected))
+    assert expected["world_size"] == 2
+    assert expected["method"] == "ChildTuning-D"
+    assert expected["density"] == pytest.approx(expected["ds_config"]["child_tuning"]["reserve_p"], abs=1e-3)
+    assert expected["seconds"]["fisher"] > 0
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "tuned")
     assert model.num_labels == 2
 
 
-def test_the_same_command_goes_on_from_the_last_checkpoint(one_node: dict[str, Any], folder: Path) -> None:
+def test_the_same_command_goes_on_from_the_last_checkpoint(
+    pool: RankPool, expected: dict[str, Any], folder: Path
+) -> None:
     """Which is of step 3 of 4: the last step, again, ends where the first run did."""
-    results = folder / "resumed.jsonl"
-    output = launch(folder, *job(folder, results, *checkpoints(folder)))
-    resumed = only_result(results)
-    assert same_training(resumed, one_node)
-    assert resumed["seconds"]["fisher"] == 0, "vacuous: the child was chosen again"
-    assert "Fisher" not in output
+    resumed = in_process(pool, folder, save_every=3, checkpoints=folder / "checkpoints")
+    assert same_training(resumed, expected)
+    assert expected["seconds"]["fisher"] > resumed["seconds"]["fisher"] == 0, "vacuous: the child was chosen again"
 
 
-def test_the_exported_child_makes_the_tuned_model(one_node: dict[str, Any], folder: Path) -> None:
+def test_the_exported_child_makes_the_tuned_model(expected: dict[str, Any], folder: Path) -> None:
     tuned = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "tuned")
     applied = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "bert", num_labels=2)
     ds_childtune.apply_child(applied, folder / "child")
@@ -183,74 +158,94 @@ def test_the_exported_child_makes_the_tuned_model(one_node: dict[str, Any], fold
         assert torch.equal(value, applied.state_dict()[name]), name
 
 
-def test_two_nodes_without_ssh(one_node: dict[str, Any], folder: Path) -> None:
-    """launch/node_by_node.sh, on both of two nodes."""
+def test_regression_and_language_modelling(pool: RankPool, folder: Path) -> None:
+    regression = in_process(pool, folder, ranks=1, task="regression", method="plain", group_by_length=True)
+    assert set(regression["metrics"]) == {"pearson", "spearman", "mse"}
+    language = {"task": "causal-lm", "model": f"{folder}/gpt2", "text_columns": "text"}
+    perplexity = in_process(pool, folder, **language)["metrics"]["perplexity"]
+    assert 1 < perplexity < 14, "expected less than the vocabulary's size"
+
+
+def test_a_wrong_file_is_one_readable_error(pool: RankPool, folder: Path) -> None:
+    """On every rank, so that no rank waits for another."""
+    for end in pool[2].run(finetune_jobs.run, folder, options(folder, eval_file=folder / "missing.jsonl")):
+        assert "missing.jsonl, which is not there" in end.error
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_hugging_face_trainer(pool: RankPool, folder: Path, stage: int) -> None:
+    """accelerate steps inside its backward, before any of Trainer's hooks: the masks must act all the same."""
+    for answer in pool[2].run(trainer_job.run, folder, stage):
+        assert answer["step"] == 3
+        assert answer["density"] == pytest.approx(0.3, abs=1e-3)
+        assert answer["outside moved"] == 0
+        assert answer["inside moved"] > 0.5
+        assert answer["resumed step"] == 3
+        assert answer["resumed differs in"] == []
+
+
+# ---------------------------------------------------------------- how it is started
+
+
+def test_side_by_side_on_one_node_without_a_compiler(pool: RankPool, folder: Path) -> None:
+    """The deepspeed launcher. --compare trains plain and then the child, whose masks come from the eager kernel."""
+    results = folder / "compare.jsonl"
+    child = {"method": "ChildTuning-F", "reserve_p": 0.5}
+    command = [*deepspeed_launcher(2), "launch/finetune.py", *job(folder, results, compare=True, **child)]
+    with started(command, environment(folder, **without_compiler(folder))) as process:
+        output = output_of(process)
+    plain, tuned = lines_of(results)
+    assert (plain["method"], tuned["method"]) == ("plain", "ChildTuning-F")
+    assert same_training(tuned, in_process(pool, folder, **child))
+    assert same_training(plain, in_process(pool, folder, method="plain"))
+    assert plain["train_loss"] != tuned["train_loss"], "vacuous: the mask made no difference"
+    assert "eager kernel" in output
+    assert "accuracy" in output
+    assert "density" in output
+    assert output.count("are eligible (") == 1, "attach reports only on rank 0, whatever DeepSpeed's log level"
+
+
+def test_two_nodes_without_ssh(expected: dict[str, Any], folder: Path) -> None:
+    """launch/node_by_node.sh, on both of two nodes, which have no compiler."""
     hostfile = folder / "hosts"
     hostfile.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
     results = folder / "two_nodes.jsonl"
     address = {"HOSTFILE": str(hostfile), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    address |= without_compiler(folder)
     command = ["bash", "launch/node_by_node.sh", *job(folder, results)]
     with (
         started(command, environment(folder, NODE_RANK="0", **address)) as first,
         started(command, environment(folder, NODE_RANK="1", **address)) as second,
     ):
         output_of(second)
-        output_of(first)
-    assert same_training(only_result(results), one_node)
+        output = output_of(first)
+    assert same_training(only_result(results), expected)
+    assert output.count("ChildTuning-D: kept") == 1, "only rank 0 reports"
 
 
-def test_openmpi(one_node: dict[str, Any], folder: Path) -> None:
+def test_openmpi(expected: dict[str, Any], folder: Path) -> None:
     """launch/mpirun.sh: ranks from OpenMPI, found by DeepSpeed through mpi4py."""
     results = folder / "mpi.jsonl"
     mpi = ["--allow-run-as-root", "--oversubscribe", "-np", "2"]
     command = ["bash", "launch/mpirun.sh", *mpi, "--", *job(folder, results)]
     with started(command, environment(folder, MASTER_PORT=str(free_port()))) as process:
         output_of(process)
-    assert same_training(only_result(results), one_node)
+    assert same_training(only_result(results), expected)
 
 
-def test_side_by_side(folder: Path) -> None:
-    """--compare trains plain and then the child; F's masks fall back to the eager kernel without a compiler."""
-    results = folder / "compare.jsonl"
-    arguments = job(folder, results, "--compare", "--method", "ChildTuning-F", "--reserve-p", "0.5")
-    output = launch(folder, *arguments, ranks=1, CXX="/no/compiler", TORCHINDUCTOR_CACHE_DIR=f"{folder}/inductor")
-    plain, child = map(json.loads, results.read_text().splitlines())
-    assert (plain["method"], child["method"]) == ("plain", "ChildTuning-F")
-    assert plain["train_loss"] != child["train_loss"], "vacuous: the mask made no difference"
-    assert "eager kernel" in output
-
-
-def test_regression_and_language_modelling(folder: Path) -> None:
-    results = folder / "tasks.jsonl"
-    regression = job(folder, results, "--task", "regression", "--method", "plain", "--group-by-length")
-    launch(folder, *regression, ranks=1)
-    language = job(folder, results, "--task", "causal-lm", "--model", f"{folder}/gpt2", "--text-columns", "text")
-    launch(folder, *language)
-    first, second = map(json.loads, results.read_text().splitlines())
-    assert set(first["metrics"]) == {"pearson", "spearman", "mse"}
-    assert 1 < second["metrics"]["perplexity"] < 14, "expected less than the vocabulary's size"
-
-
-def test_a_wrong_file_is_one_readable_error(folder: Path) -> None:
-    arguments = job(folder, folder / "none.jsonl", "--eval-file", f"{folder}/missing.jsonl")
-    with started([*deepspeed_launcher(2), "launch/finetune.py", *arguments], environment(folder)) as process:
-        output, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode != 0
-    assert "missing.jsonl, which is not there" in output
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_hugging_face_trainer(folder: Path, stage: int) -> None:
-    """accelerate steps inside its backward, before any of Trainer's hooks: the masks must act all the same."""
-    result = folder / f"trainer-{stage}.json"
-    launch(folder, str(folder), str(stage), str(result), script="tests/support/trainer_job.py")
-    answer = json.loads(result.read_text())
-    assert answer["step"] == 3
-    assert answer["density"] == pytest.approx(0.3, abs=1e-3)
-    assert answer["outside moved"] == 0
-    assert answer["inside moved"] > 0.5
-    assert answer["resumed step"] == 3
-    assert answer["resumed differs in"] == []
+def test_a_sigterm_to_the_launcher_leaves_no_orphan(folder: Path, tmp_path: Path) -> None:
+    arguments = job(folder, tmp_path / "results.jsonl", epochs=100000, max_steps=1000000)
+    command = [*deepspeed_launcher(2), "launch/finetune.py", *arguments]
+    with started(command, environment(folder)) as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        assert any("kept" in line for line in lines), "it never came to train"
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 3, "vacuous: expected the process that keeps the ranks, and two ranks"
+        process.terminate()
+        process.communicate(timeout=SECONDS)  # until every one of them has closed its end of the pipe
+        _, alive = psutil.wait_procs(family, timeout=SECONDS)
+        assert not alive
 
 
 # ---------------------------------------------------------------- the shipped configs
@@ -282,18 +277,3 @@ def test_shipped_configs_train(pool: RankPool, name: str) -> None:
         assert name.endswith(f"child_{mode[-1].lower()}.json")
         assert density == pytest.approx(0.3, abs=0.06)  # of 1,700 elements, drawn at random in one of the modes
         assert step == 2
-
-
-def test_a_sigterm_to_the_launcher_leaves_no_orphan(folder: Path, tmp_path: Path) -> None:
-    arguments = job(folder, tmp_path / "results.jsonl", "--epochs", "100000", "--max-steps", "1000000")
-    command = [*deepspeed_launcher(2), "launch/finetune.py", *arguments]
-    with started(command, environment(folder)) as process:
-        assert process.stdout is not None
-        lines = iter(process.stdout.readline, "")
-        assert any("kept" in line for line in lines), "it never came to train"
-        family = psutil.Process(process.pid).children(recursive=True)
-        assert len(family) >= 3, "vacuous: expected the process that keeps the ranks, and two ranks"
-        process.terminate()
-        process.communicate(timeout=60)  # until every one of them has closed its end of the pipe
-        _, alive = psutil.wait_procs(family, timeout=60)
-        assert not alive

@@ -10,7 +10,6 @@ from __future__ import annotations
 import faulthandler
 import gc
 import io
-import multiprocessing
 import os
 import pickle
 import signal
@@ -29,15 +28,12 @@ import torch
 import torch.distributed as dist
 
 import ds_childtune
-from ds_childtune.child import mask_kernels
 from ds_childtune.zero.engine import base_optimizer
 from tests.support.engines import engine_of, master_weights, model_weights, train_step
 from tests.support.models import Batch, batches, deal
 from tests.support.places import GLOBAL_BATCH, Place, State, setup_of
-from tests.support.ranks import _set_environment
+from tests.support.ranks import _set_environment, forked
 
-PRELOADED = ["tests.support.lives", "torch._inductor.compile_fx", "deepspeed.module_inject"]
-"""What ranks find imported: without the last two, each would import them in its first step."""
 LIFE_SECONDS = 120.0
 """A life that is not over by then hangs."""
 GRACE_SECONDS = 3.0
@@ -92,8 +88,7 @@ def live(job: Job, place: Place, trip: Trip | None = None, seconds: float = LIFE
     """
     Path(job.folder).mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = forked()
         ranks = [
             context.Process(target=_live, args=(rank, job, place, trip, scratch), daemon=True)
             for rank in range(place.world_size)
@@ -197,8 +192,6 @@ def _live(rank: int, job: Job, place: Place, trip: Trip | None, scratch: str) ->
         os.dup2(stderr.fileno(), 2)
         faulthandler.enable()
         gc.freeze()  # what the server has imported stays
-        # Compiling takes longer than a life, and draws the same bits.
-        mask_kernels.mask_kernel = lambda *_, **__: mask_kernels._eager_kernel  # type: ignore[assignment]
         _set_environment(rank, place.world_size)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         store = dist.FileStore(f"{scratch}/store", place.world_size)

@@ -15,6 +15,7 @@ import faulthandler
 import gc
 import io
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -25,13 +26,13 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from deepspeed.accelerator import get_accelerator
 
 T = TypeVar("T")
@@ -105,7 +106,7 @@ class Ranks:
         self._folder = tempfile.TemporaryDirectory()
         # In this process, so that it outlives a rank; in no file, as tests forbid ranks to write.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = torch.multiprocessing.get_context("spawn")
+        context = forked() if get_accelerator().device_name() == "cpu" else multiprocessing.get_context("spawn")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             arguments = (rank, self.world_size, self._folder.name, self._store.port, theirs)
@@ -151,6 +152,13 @@ class Ranks:
         return path.read_text()[-6000:] if path.exists() else "(it had not started)"
 
 
+def forked() -> BaseContext:
+    """Processes that begin with `tests.support.preloaded`. Not for GPUs, whose driver does not outlive a fork."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.preloaded"])
+    return context
+
+
 def _stderr_path(folder: str, rank: int) -> Path:
     return Path(folder) / f"stderr-{rank}"
 
@@ -160,6 +168,7 @@ def _serve(rank: int, world_size: int, folder: str, port: int, pipe: connection.
     with _stderr_path(folder, rank).open("w", buffering=1) as stderr:
         os.dup2(stderr.fileno(), 2)
         faulthandler.enable()
+        gc.freeze()  # what the server has imported stays
         _set_environment(rank, world_size)
         # DeepSpeed would compile its shared-memory op, for a collective that training does not use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -206,7 +215,8 @@ def _set_environment(rank: int, world_size: int) -> None:
     """What a launcher would set, and silence."""
     local_rank = rank % _devices(world_size)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"LOCAL_SIZE": str(world_size), "TQDM_DISABLE": "1"}
+    os.environ |= {"LOCAL_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "TQDM_DISABLE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # for those who look; nobody connects
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(local_rank)
     torch.set_num_threads(1)

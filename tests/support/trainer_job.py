@@ -1,19 +1,13 @@
-"""A Hugging Face Trainer whose model trains a child network, as a user would write it; started by test_launch.py.
-
-deepspeed tests/support/trainer_job.py FOLDER STAGE RESULT
-"""
+"""A Hugging Face Trainer whose model trains a child network, as a user would write it."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import deepspeed
 import torch
-import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -45,7 +39,8 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in named.items()}
 
 
-def main(folder: Path, stage: int, result: Path) -> None:
+def run(folder: Path, stage: int) -> dict[str, Any]:
+    """Three steps; and the last of them again, from a checkpoint, in another Trainer."""
     config = {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -54,9 +49,8 @@ def main(folder: Path, stage: int, result: Path) -> None:
         "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}},
         "child_tuning": {"mode": "ChildTuning-D", "reserve_p": 0.3},
     }
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     args = TrainingArguments(
-        output_dir=str(folder / "trainer"),
+        output_dir=str(folder / f"trainer-{stage}"),
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         learning_rate=1e-2,
@@ -104,11 +98,6 @@ def main(folder: Path, stage: int, result: Path) -> None:
     answer["resumed differs in"] = [name for name in whole if not torch.equal(whole[name], resumed[name])]
     answer["resumed step"] = child.step
     child.detach()
-    if dist.get_rank() == 0:
-        result.write_text(json.dumps(answer))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    main(Path(arguments[0]), int(arguments[1]), Path(arguments[2]))
+    AcceleratorState._reset_state()
+    transformers.integrations.unset_hf_deepspeed_config()
+    return answer
