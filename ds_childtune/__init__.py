@@ -8,7 +8,7 @@ from ds_childtune._version import __version__
 from ds_childtune.child_files.apply import AppliedChild, apply_child
 from ds_childtune.child_files.format import ChildFileError
 from ds_childtune.child_files.merge import compose, merge
-from ds_childtune.child_files.reader import Child, open_child
+from ds_childtune.child_files.reader import SavedChild, open_child
 from ds_childtune.config import ChildTuningConfig, FisherConfig
 from ds_childtune.report import ParameterReport, Report
 from ds_childtune.tuner import ChildTuner, attach
@@ -18,13 +18,13 @@ from ds_childtune.zero.unattached import watch_steps
 
 __all__ = [
     "AppliedChild",
-    "Child",
     "ChildFileError",
     "ChildTuner",
     "ChildTuningConfig",
     "FisherConfig",
     "ParameterReport",
     "Report",
+    "SavedChild",
     "__version__",
     "apply_child",
     "attach",

@@ -23,7 +23,7 @@ from ds_childtune.child_files.apply import Conflicts
 from ds_childtune.child_files.compare import Overlap, by_layer, compare, total
 from ds_childtune.child_files.export_info import KIND, ExportInfo
 from ds_childtune.child_files.merge import compose, merge
-from ds_childtune.child_files.reader import Child, open_child
+from ds_childtune.child_files.reader import SavedChild, open_child
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -112,7 +112,7 @@ def _cells(row: Overlap) -> list[str]:
     return [*counts, f"{row.by_chance:,.0f}", f"{row.jaccard:.3f}", f"{row.equal:,}"]
 
 
-def _parameter_table(child: Child) -> Table:
+def _parameter_table(child: SavedChild) -> Table:
     table = Table("parameter", "shape", "dtype", "stored", "share")
     for entry in child.manifest.parameters:
         kept = child.kept(entry.name) if entry.stored else 0

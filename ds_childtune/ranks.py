@@ -32,6 +32,14 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
+def this_rank() -> int:
+    return int(dist.get_rank())
+
+
+def world_size() -> int:
+    return int(dist.get_world_size())
+
+
 def sum_over_ranks(tensor: Tensor) -> None:
     """In place."""
     dist.all_reduce(tensor)
@@ -65,7 +73,7 @@ def true_on_all(flag: bool) -> bool:
 
 
 def largest_of_ranks(tensor: Tensor) -> Tensor:
-    """int64 on the CPU: the largest value of any rank, element by element. A collective."""
+    """int64 on the CPU: the largest value of any rank, element by element. A collective, at which the host waits for the device."""
     values = tensor.to(device())
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values.cpu()

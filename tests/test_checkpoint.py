@@ -131,7 +131,7 @@ def out_of_memory_on_one_rank(setup: Setup, folder: str, where: str) -> tuple[st
         if not saves:
             engine.save_checkpoint(folder)
         owner, name = {
-            "save": (checkpoint_write, "_alone"),
+            "save": (checkpoint_write, "_with_own_storage"),
             "load": (load, "restore_dense"),
             "DeepSpeed's load": (engine.optimizer, "load_state_dict"),
             "load elsewhere": (elastic, "_load_optimizer"),

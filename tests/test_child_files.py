@@ -25,7 +25,7 @@ from ds_childtune.child_files.atomic import new_folder
 from ds_childtune.child_files.fingerprint import fingerprint, signed
 from ds_childtune.child_files.format import DTYPES, ChildFileError, Manifest, ParameterEntry, Piece
 from ds_childtune.child_files.reader import open_child
-from ds_childtune.child_files.writer import commit, write_pieces
+from ds_childtune.child_files.writer import write_manifest, write_pieces
 
 MASKS = st.lists(st.booleans(), min_size=1, max_size=70) | st.tuples(st.booleans(), st.integers(1, 70)).map(
     lambda t: [t[0]] * t[1]
@@ -52,7 +52,7 @@ def write(folder: Path, masks: dict[str, Tensor], cuts: Sequence[int], dtype: to
     files = [write_pieces(folder, rank, pieces) for rank, pieces in enumerate(writers)]
     name_of = {dtype: name for name, dtype in DTYPES.items()}
     parameters = tuple(ParameterEntry(n, (m.numel(),), name_of[dtype], True) for n, m in masks.items())
-    commit(folder, Manifest("0", "export", {}, parameters, tuple(f for f in files if f), {"note": [1, None]}))
+    write_manifest(folder, Manifest("0", "export", {}, parameters, tuple(f for f in files if f), {"note": [1, None]}))
 
 
 @settings(max_examples=60)
@@ -165,7 +165,7 @@ def test_a_file_of_another_machine_is_missed_before_the_manifest(tmp_path: Path)
     assert file is not None
     (tmp_path / file.name).unlink()
     with pytest.raises(RuntimeError, match="shared file system"):
-        commit(tmp_path, Manifest("0", "export", {}, (), (file,)))
+        write_manifest(tmp_path, Manifest("0", "export", {}, (), (file,)))
     assert not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,14 @@ from ds_childtune.child.compact import CompactChild
 from ds_childtune.child_files.compare import compare
 from ds_childtune.child_files.export_info import KIND, ExportInfo, describe, parameter_entries
 from ds_childtune.child_files.fingerprint import fingerprint
-from ds_childtune.child_files.format import ChildFileError, Manifest, Piece, parsed, sealed
+from ds_childtune.child_files.format import ChildFileError, Manifest, Piece, parse, seal
 from ds_childtune.child_files.holders import Held, Holders, Run, ranks_with
 from ds_childtune.child_files.reader import open_child
-from ds_childtune.child_files.writer import commit, write_pieces
+from ds_childtune.child_files.writer import write_manifest, write_pieces
 from ds_childtune.config import ChildTuningConfig
 from ds_childtune.random_states import read_random_states, write_random_states
 from ds_childtune.shards import FlatShard, Fragment
+from ds_childtune.zero.engine import Wrapper
 from ds_childtune.zero.layout import Layout, SavedShard
 from tests.support.fuzzing import Files, mutated, read_files, write_files
 
@@ -81,7 +82,7 @@ def write_export(folder: Path) -> None:
         Held(0, cuts[e.name], e.numel - cuts[e.name]) if e.name in cuts else Held(0, int(e.stored), 0) for e in entries
     ]
     manifest = Manifest(__version__, KIND, {}, entries, tuple(f for f in files if f), extra)
-    commit(folder, sealed(manifest.with_holders(Holders.of(held))))
+    write_manifest(folder, seal(manifest.with_holders(Holders.of(held))))
 
 
 def read_export(folder: Path) -> None:
@@ -144,7 +145,15 @@ def write_checkpoint(folder: Path) -> None:
     config = run.CONFIG.model_dump(mode="json")
     holders = Holders.of([Held(0, numel, 0) for numel in run.SIZES.values()])
     manifest = Manifest(__version__, checkpoint.KIND, config, entries, (file,), asdict(record))
-    commit(own, sealed(manifest.with_holders(holders)))
+    write_manifest(own, seal(manifest.with_holders(holders)))
+
+
+def test_a_checkpoint_of_an_unknown_wrapper_is_refused_by_name(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)  # its optimizer is no class of DeepSpeed's
+    record = RunRecord.of(open_child(tmp_path / "child"))
+    with pytest.raises(ChildFileError, match=r"expected optimizer state in one of plain, .* got 'AdamW'.*Remedy"):
+        record.wrapper(tmp_path)
+    assert replace(record, optimizer="plain").wrapper(tmp_path) is Wrapper.NONE
 
 
 def read_checkpoint(folder: Path) -> None:
@@ -257,7 +266,7 @@ def forged(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     path = folder / "child.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_bytes(sealed(parsed(Manifest, json.dumps(manifest), "")).json())
+    path.write_bytes(seal(parse(Manifest, json.dumps(manifest), "")).json())
     return folder
 
 

@@ -20,9 +20,9 @@ from ds_childtune import apply_child, compose, merge
 from ds_childtune.child_files.compare import compare
 from ds_childtune.child_files.export_info import describe, parameter_entries
 from ds_childtune.child_files.fingerprint import fingerprint
-from ds_childtune.child_files.format import Manifest, Piece, parsed, sealed
+from ds_childtune.child_files.format import Manifest, Piece, parse, seal
 from ds_childtune.child_files.reader import open_child
-from ds_childtune.child_files.writer import commit, write_pieces
+from ds_childtune.child_files.writer import write_manifest, write_pieces
 from tests.support.bits import equal_bits
 from tests.support.blocks import BLOCKS
 from tests.support.engines import Setup, engine_of, master_weights, train_step
@@ -46,7 +46,7 @@ def export(folder: Path, model: nn.Module, inside: dict[str, Tensor], more: floa
     file = write_pieces(folder, 0, pieces)
     assert file is not None
     extra = describe(model, {n: fingerprint(values, 0, inside.get(n)) for n, values in base.items()}, 1)
-    commit(folder, sealed(Manifest("0", "export", {}, parameter_entries(model, inside), (file,), extra)))
+    write_manifest(folder, seal(Manifest("0", "export", {}, parameter_entries(model, inside), (file,), extra)))
     return folder
 
 
@@ -160,7 +160,7 @@ def test_merge_and_compose(tmp_path: Path) -> None:
 
     unknown = json.loads((child / "child.json").read_text())
     unknown["extra"]["model_class"] = "MyOwnModel"
-    (child / "child.json").write_bytes(sealed(parsed(Manifest, json.dumps(unknown), "")).json())
+    (child / "child.json").write_bytes(seal(parse(Manifest, json.dumps(unknown), "")).json())
     with pytest.raises(ValueError, match=r"build the base model yourself, and call ds_childtune\.apply_child"):
         merge(base, [child], tmp_path / "again")
     apply_child(build("bert"), child)

@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import ds_childtune
 from ds_childtune import apply_child
 from ds_childtune.checkpoint.child import read_masks
-from ds_childtune.child_files import reader
-from ds_childtune.child_files.atomic import checksum
+from ds_childtune.child_files import places
+from ds_childtune.child_files.checksums import blake2b
 from ds_childtune.child_files.compare import compare
 from ds_childtune.child_files.export_info import describe, parameter_entries
 from ds_childtune.child_files.fingerprint import fingerprint
@@ -32,15 +32,15 @@ from ds_childtune.child_files.format import (
     Piece,
     PieceEntry,
     adapter,
-    sealed,
+    seal,
 )
 from ds_childtune.child_files.header import Header, read_header
 from ds_childtune.child_files.holders import Held, Holders, HoldersByRank, Run, ranks_with
 from ds_childtune.child_files.rank_holders import gather_holders
-from ds_childtune.child_files.reader import Child, open_child
-from ds_childtune.child_files.writer import commit, write_pieces
+from ds_childtune.child_files.reader import SavedChild, open_child
+from ds_childtune.child_files.writer import write_manifest, write_pieces
 from ds_childtune.shards import FlatShard, Fragment
-from ds_childtune.zero.checkpoint_write import _alone
+from ds_childtune.zero.checkpoint_write import _with_own_storage
 from tests.benchmarks import scale
 from tests.support.engines import Setup, engine_of
 from tests.support.ranks import RankPool
@@ -83,7 +83,7 @@ def test_reading_a_whole_model_parses_every_header_once(tmp_path: Path) -> None:
         parsed.append(file.name)
         return read_header(folder, file)
 
-    with mock.patch.object(reader, "read_header", counted):
+    with mock.patch.object(places, "read_header", counted):
         child = open_child(tmp_path / "child", checksums=False)
         assert not parsed, "the headers are read before anybody asks for them"
         at_once = child.read_runs([child.whole(name) for name in NAMES])
@@ -155,7 +155,7 @@ def test_ranks_agree_on_holders_or_say_none(pool: RankPool) -> None:
 # ---------------------------------------------------------------- what reading may cost
 
 
-def peak_of_reading(child: Child, name: str) -> int:
+def peak_of_reading(child: SavedChild, name: str) -> int:
     """Bytes that numpy and Python held at once. numpy's arrays are traced, and what is made of a mask is one."""
     tracemalloc.start()
     try:
@@ -173,9 +173,9 @@ def test_a_forged_mask_is_counted_before_anything_is_made_of_it(tmp_path: Path) 
     lie = [PieceEntry("w", 0, numel, numel - 1, "bits")]
     path = tmp_path / f"child-00000-{0:016x}.safetensors"
     save_file({"w@0/mask": bits}, path, {"pieces": adapter(list[PieceEntry]).dump_json(lie).decode()})
-    file = FileEntry(path.name, path.stat().st_size, checksum(path))
+    file = FileEntry(path.name, path.stat().st_size, blake2b(path))
     parameters = (ParameterEntry("w", (numel,), "float32", True),)
-    commit(tmp_path, Manifest("0", "export", {}, parameters, (file,)))
+    write_manifest(tmp_path, Manifest("0", "export", {}, parameters, (file,)))
     child = open_child(tmp_path)
     assert peak_of_reading(child, "w") < 3 * bits.numel()
 
@@ -191,7 +191,9 @@ def test_comparing_forged_shapes_costs_what_the_files_have(tmp_path: Path) -> No
         file = write_pieces(folder, 0, [Piece("w", 0, numel, index, {"values": values})])
         assert file is not None
         parameters = (ParameterEntry("w", (numel,), "float32", True),)
-        commit(folder, Manifest("0", "export", {}, parameters, (file,)).with_holders(Holders.of([Held(0, numel, 0)])))
+        write_manifest(
+            folder, Manifest("0", "export", {}, parameters, (file,)).with_holders(Holders.of([Held(0, numel, 0)]))
+        )
     (overlap,) = compare(open_child(tmp_path / "one"), open_child(tmp_path / "other"))
     assert (overlap.first, overlap.second, overlap.both, overlap.equal) == (2, 3, 2, 1)
 
@@ -204,7 +206,7 @@ def test_masks_of_a_checkpoint_are_made_one_at_a_time(tmp_path: Path) -> None:
     file = write_pieces(tmp_path, 0, [Piece.of(f"h.{i}", 0, inside) for i in range(10)])
     assert file is not None
     entries = tuple(ParameterEntry(f"h.{i}", (numel,), "float32", True) for i in range(10))
-    commit(tmp_path, Manifest("0", "checkpoint", {}, entries, (file,)))
+    write_manifest(tmp_path, Manifest("0", "checkpoint", {}, entries, (file,)))
     masks = read_masks(open_child(tmp_path), shards)
     made: list[weakref.ref[torch.Tensor]] = []
     for mask in masks:
@@ -246,8 +248,8 @@ def test_copies_of_masters_are_on_the_host() -> None:
     """Of a shard that is a view of a larger buffer on an accelerator, as a save has them."""
     with FakeTensorMode():
         buffer = torch.empty(100, dtype=torch.bfloat16, device="lazy")  # as good as any
-        assert _alone(buffer) is buffer
-        copy = _alone(buffer[20:50])
+        assert _with_own_storage(buffer) is buffer
+        copy = _with_own_storage(buffer[20:50])
     assert (copy.device.type, copy.dtype, copy.shape) == ("cpu", torch.bfloat16, (30,))
 
 
@@ -261,7 +263,7 @@ def test_a_child_that_is_on_a_model_keeps_small_indices(tmp_path: Path) -> None:
     assert file is not None
     extra = describe(model, {"weight": fingerprint(base.view(-1), 0, inside)}, 1)
     entries = parameter_entries(model, ["weight"])
-    commit(tmp_path, sealed(Manifest("0", "export", {}, entries, (file,), extra)))
+    write_manifest(tmp_path, seal(Manifest("0", "export", {}, entries, (file,), extra)))
     applied = apply_child(model, tmp_path)
     assert torch.equal(model.weight.view(-1), tuned)
     assert sum(t.nbytes for _, *kept in applied._replaced for t in kept if t is not None) == 20 * (4 + 4)

@@ -1,4 +1,4 @@
-"""The child inside a checkpoint: the subfolder `child` of a tag, beside DeepSpeed's own files.
+"""The child inside a checkpoint: the subfolder `child` of a tag, next to DeepSpeed's own files.
 
 [Note: what a checkpoint holds]
 DeepSpeed's files hold the weights, and the optimizer's state of a ChildTuning-F or dense ChildTuning-D run. The subfolder holds
@@ -28,7 +28,7 @@ from ds_childtune.child.child_shard import ChildShard, index_dtype, put_
 from ds_childtune.child.network import ChildNetwork
 from ds_childtune.child_files.format import DTYPES, ChildFileError, ParameterEntry, Piece
 from ds_childtune.child_files.holders import Run
-from ds_childtune.child_files.reader import Child
+from ds_childtune.child_files.reader import SavedChild
 from ds_childtune.config import ChildTuningConfig
 from ds_childtune.shards import FlatShard, Fragment
 
@@ -37,7 +37,7 @@ KIND = "checkpoint"
 _MASTER = "fp32"
 _STATE = "state."
 _STEPPED = "stepped"
-"""A piece without this number was never stepped: its moments stand for none."""
+"""A piece without this number was never stepped: its moments mean that there were none."""
 
 
 # ---------------------------------------------------------------- what is written
@@ -101,7 +101,7 @@ def _compact_piece(
 
 
 def _number(key: str, value: Any, shard: ChildShard) -> Iterator[tuple[str, int | float]]:
-    """A counter of the optimizer's state under a name that tells whether it was a tensor, and of which dtype."""
+    """A counter of the optimizer's state under a name that says whether it was a tensor, and of which dtype."""
     number = value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
     if isinstance(number, (int, float)) and not math.isfinite(number):
         raise NotImplementedError(
@@ -120,8 +120,8 @@ def _number(key: str, value: Any, shard: ChildShard) -> Iterator[tuple[str, int 
 
 
 @contextmanager
-def hidden_state(child: ChildNetwork | None) -> Iterator[None]:
-    """Take a compact child's state out of the base optimizer, whose state dict cannot name what is in no param group."""
+def without_compact_state(child: ChildNetwork | None) -> Iterator[None]:
+    """Take a compact child's state out of the base optimizer, whose state dict has names only for what is in a param group."""
     if child is None:
         yield
         return
@@ -136,7 +136,7 @@ def hidden_state(child: ChildNetwork | None) -> Iterator[None]:
 # ---------------------------------------------------------------- what is read
 
 
-def check_shapes(child: Child, shapes: Mapping[str, torch.Size], *, strict: bool = True) -> None:
+def check_shapes(child: SavedChild, shapes: Mapping[str, torch.Size], *, strict: bool = True) -> None:
     """Raise ChildFileError unless the checkpoint's parameters are those of this model.
 
     Args:
@@ -146,8 +146,8 @@ def check_shapes(child: Child, shapes: Mapping[str, torch.Size], *, strict: bool
     for name in sorted(saved.keys() ^ shapes.keys()) if strict else ():
         what = "no such parameter" if name in saved else "one that the checkpoint lacks"
         raise ChildFileError(
-            f"{child.folder}: expected the model that wrote it, got {what}: {name}. Remedy: build the same model; or load weights"
-            " alone, with load_module_only=True and load_module_strict=False: others than those that both have stay as they are."
+            f"{child.folder}: expected the model that wrote it, got {what}: {name}. Remedy: build the same model; or load only the"
+            " weights that both have, with load_module_only=True and load_module_strict=False: the others then stay as they are."
         )
     for name, shape in shapes.items():
         if name in saved and saved[name].shape != tuple(shape):
@@ -157,7 +157,7 @@ def check_shapes(child: Child, shapes: Mapping[str, torch.Size], *, strict: bool
             )
 
 
-def check_model(child: Child, shapes: Mapping[str, torch.Size], stored: Iterable[str]) -> None:
+def check_model(child: SavedChild, shapes: Mapping[str, torch.Size], stored: Iterable[str]) -> None:
     """Raise ChildFileError unless the checkpoint is of this model, and of the same trainable and masked parameters."""
     check_shapes(child, shapes)
     wanted = frozenset(stored)
@@ -176,7 +176,7 @@ _BINDING = ("mode", "reserve_p", "seed", "include", "exclude", "optimizer_state"
 """Keys of the config that say which child it is, and how it trains."""
 
 
-def check_config(child: Child, config: ChildTuningConfig) -> None:
+def check_config(child: SavedChild, config: ChildTuningConfig) -> None:
     """Raise ValueError when the config asks for another child than the checkpoint's."""
     saved, asked = child.manifest.config, json.loads(config.model_dump_json())
     for key in _BINDING:
@@ -207,7 +207,7 @@ class SavedMasks:
             yield mask
 
 
-def read_masks(child: Child, shards: Sequence[FlatShard]) -> SavedMasks:
+def read_masks(child: SavedChild, shards: Sequence[FlatShard]) -> SavedMasks:
     """What is read stays on the host, as indices. Raises ChildFileError."""
     return SavedMasks(shards, [child.read_runs(_runs(s.eligible), values=False) for s in shards])
 
@@ -216,7 +216,7 @@ def _runs(fragments: Iterable[Fragment]) -> list[Run]:
     return [Run(f.name, f.param_start, f.param_start + f.numel) for f in fragments]
 
 
-def read_compact(child: Child, compact: ChildNetwork) -> None:
+def read_compact(child: SavedChild, compact: ChildNetwork) -> None:
     """The child's fp32 weights and the base optimizer's state, into child shards. Raises ChildFileError."""
     for shard in compact.shards.values():
         state: dict[str, Any] = {}
@@ -248,7 +248,7 @@ def read_compact(child: Child, compact: ChildNetwork) -> None:
             compact.optimizer.state[shard.tensor] = state
 
 
-def _stored(child: Child, piece: Piece, name: str) -> Tensor:
+def _stored(child: SavedChild, piece: Piece, name: str) -> Tensor:
     if name not in piece.tensors:
         raise ChildFileError(
             f"{child.folder}: {piece.parameter}: expected the tensor {name!r}, got {sorted(piece.tensors)}."

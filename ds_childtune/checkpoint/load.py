@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deepspeed import comm as dist
-
 from ds_childtune.attachment import Attachment
 from ds_childtune.checkpoint import tag_folder
 from ds_childtune.checkpoint.child import (
@@ -25,8 +23,17 @@ from ds_childtune.checkpoint.rank_file import read_layout, restore_random_states
 from ds_childtune.checkpoint.run_record import RunRecord
 from ds_childtune.child_files.format import ChildFileError
 from ds_childtune.child_files.holders import Run, ranks_with
-from ds_childtune.child_files.reader import Child, open_child, read_manifest
-from ds_childtune.ranks import check_same, from_first, raise_together, raising_together, tell, true_on_all
+from ds_childtune.child_files.reader import SavedChild, open_child, read_manifest
+from ds_childtune.ranks import (
+    check_same,
+    from_first,
+    raise_together,
+    raising_together,
+    tell,
+    this_rank,
+    true_on_all,
+    world_size,
+)
 from ds_childtune.zero.checkpoint_read import SavedRun
 from ds_childtune.zero.checkpoint_write import (
     frozen_may_be_missing,
@@ -35,7 +42,8 @@ from ds_childtune.zero.checkpoint_write import (
     saved_shards,
     without_empty_states,
 )
-from ds_childtune.zero.elastic import check_elsewhere, check_values, load_elsewhere, load_weights, local_part
+from ds_childtune.zero.elastic import load_elsewhere, load_weights, local_part
+from ds_childtune.zero.elastic_check import check_elsewhere, check_values
 from ds_childtune.zero.engine import Wrapper, wrapper_of
 from ds_childtune.zero.layout import Layout
 from ds_childtune.zero.lean_start import restore_dense
@@ -71,13 +79,13 @@ class CheckpointLoader:
         Raises:
             ChildFileError: on every rank, for a checkpoint that is damaged, or of another model; a ValueError.
             ValueError: on every rank, when the config asks for another child.
-            NotImplementedError: on every rank, for a universal checkpoint, or where DeepSpeed would load nothing without a word.
+            NotImplementedError: on every rank, for a universal checkpoint, or where DeepSpeed would silently load nothing.
         """
         with raising_together():
             refuse_universal(self._attachment.engine)
         folder = Path(load_dir)
         name, carried = self._tag(folder, tag)
-        weights_alone = load_module_only or not load_optimizer_states
+        weights_only = load_module_only or not load_optimizer_states
 
         def load_as_deepspeed_does() -> tuple[str | None, Any]:
             engine = self._attachment.engine
@@ -101,18 +109,18 @@ class CheckpointLoader:
         if name is None:
             tell(f"ds_childtune: {load_dir} names no checkpoint as its latest: nothing is loaded")
             return None, None
-        if weights_alone or not carried:
-            self._check_no_fixed_child(load_dir, weights_alone)
+        if weights_only or not carried:
+            self._check_no_fixed_child(load_dir, weights_only)
             if carried and custom_load_fn is None:
                 loaded = self._load_weights(
                     folder, name, load_module_strict, load_module_only, load_lr_scheduler_states
                 )
             else:
                 with raising_together():
-                    self._check_that_deepspeed_loads(folder, name, weights_alone, load_module_only)
-                tell(f"ds_childtune: {load_dir} {name}: loading DeepSpeed's part alone, without a child")
-                if not weights_alone:
-                    # Masters and moments of the checkpoint want shards of their own dtype to lie in, not views of 16-bit weights.
+                    self._check_that_deepspeed_loads(folder, name, weights_only, load_module_only)
+                tell(f"ds_childtune: {load_dir} {name}: loading only DeepSpeed's part, without a child")
+                if not weights_only:
+                    # The checkpoint's masters and moments need shards of their dtype; a lean engine has views of 16-bit weights.
                     restore_dense(self._attachment.engine.optimizer)
                 loaded = load_as_deepspeed_does()
             self._hooks.adopt(self._hooks.progress)
@@ -123,7 +131,7 @@ class CheckpointLoader:
             check_config(child, self._attachment.config)
             check_model(child, self._attachment.parameters.shapes, self._attachment.stored_names(chosen=record.chosen))
             self._check_precision(record, folder / name)
-        mine = saved_shards(self._attachment.engine, self._attachment.shards, dist.get_rank())
+        mine = saved_shards(self._attachment.engine, self._attachment.shards, this_rank())
         here = folder / name
         same_shape = self._is_same_shape(child, record, mine)
         masks: SavedMasks | None = None
@@ -143,15 +151,15 @@ class CheckpointLoader:
         with raising_together():
             if trained is not None:
                 read_compact(child, trained)
-            if record.world_size == dist.get_world_size():
-                restore_random_states(child.folder / record.ranks[dist.get_rank()].name)
+            if record.world_size == world_size():
+                restore_random_states(child.folder / record.ranks[this_rank()].name)
         return path, client_state
 
     @contextmanager
     def _without_child(self, record: RunRecord) -> Iterator[None]:
         """The engine has no child for the length of a `with`, so that DeepSpeed finds what it wrote.
 
-        Dense masters and moments are there if the checkpoint has such; for a compact child, whose own it has, nothing becomes dense.
+        Masters and moments are dense if those of the checkpoint are. If it has a compact child, nothing becomes dense in between.
         """
         compact = record.chosen and self._attachment.config.optimizer_state == "compact"
         before = self._hooks.child
@@ -169,10 +177,10 @@ class CheckpointLoader:
     def _tag(self, load_dir: Path, tag: object) -> tuple[str | None, bool]:
         """The tag to load: `tag`, or the one that `latest` names; None when there is none. And whether it has a child.
 
-        Rank 0 looks: with stale metadata of a network file system, others may not see what it sees.
+        Only rank 0 looks: on a network file system that is late, others may not see the same files.
         """
         with raising_together():
-            asked = None if tag is None else tag_folder.checked_tag(tag)
+            asked = None if tag is None else tag_folder.check_tag(tag)
         check_same(f"{load_dir}/{asked}", "load_checkpoint's load_dir and tag")
 
         def found() -> tuple[str | None, bool]:
@@ -189,25 +197,25 @@ class CheckpointLoader:
 
         return from_first(found)
 
-    def _check_no_fixed_child(self, load_dir: str, weights_alone: bool) -> None:
+    def _check_no_fixed_child(self, load_dir: str, weights_only: bool) -> None:
         with raising_together():
             if self._attachment.config.mode == "ChildTuning-D" and self._hooks.child is not None:
-                why = "weights alone are loaded" if weights_alone else "the checkpoint has no child"
+                why = "only weights are loaded" if weights_only else "the checkpoint has no child"
                 raise RuntimeError(
                     f"load_checkpoint: expected a checkpoint with a child, as this engine has one, but {why} from {load_dir}."
                     " Remedy: load before child.select(); now, call detach() and attach(engine) first."
                 )
 
-    def _opened(self, folder: Path, name: str) -> tuple[Child, RunRecord]:
+    def _opened(self, folder: Path, name: str) -> tuple[SavedChild, RunRecord]:
         """The child's files and the record, once they are known to be whole and of this run's kind."""
         here = folder / name
         try:
-            # One rank's view of the manifest, for all: what it says decides which collectives follow.
+            # Every rank uses what one rank has read: the manifest decides which collectives follow.
             manifest = from_first(lambda: read_manifest(here / tag_folder.CHILD))
             with raising_together():
                 child = open_child(here / tag_folder.CHILD, kind=KIND, checksums=False, manifest=manifest)
                 record = RunRecord.of(child)
-                rank, ranks = dist.get_rank(), dist.get_world_size()
+                rank, ranks = this_rank(), world_size()
                 child.check_contents(rank, ranks)
                 record.check_files(here, rank, ranks)
         except ValueError as error:
@@ -221,11 +229,11 @@ class CheckpointLoader:
     def _load_weights(
         self, folder: Path, name: str, strict: bool, module_only: bool, load_lr_scheduler_states: bool
     ) -> tuple[str | None, Any]:
-        """Of a checkpoint with a child, the weights alone. See `zero.elastic.load_weights`."""
+        """Only the weights of a checkpoint with a child. See `zero.elastic.load_weights`."""
         child, record = self._opened(folder, name)
         with raising_together():
             check_shapes(child, self._attachment.parameters.shapes, strict=strict)
-        tell(f"ds_childtune: {folder} {name}: loading weights alone, without the child")
+        tell(f"ds_childtune: {folder} {name}: loading only weights, without the child")
         with raising_together():
             run, layout = self._saved_run(folder / name, child, record)
         client_state = load_weights(
@@ -239,9 +247,9 @@ class CheckpointLoader:
         )
         return str(folder / name), client_state
 
-    def _check_that_deepspeed_loads(self, folder: Path, name: str, weights_alone: bool, module_only: bool) -> None:
-        """Raise NotImplementedError where plain DeepSpeed would load nothing, or something else, without a word."""
-        if not weights_alone or wrapper_of(self._attachment.engine) is not Wrapper.ZERO_3:
+    def _check_that_deepspeed_loads(self, folder: Path, name: str, weights_only: bool, module_only: bool) -> None:
+        """Raise NotImplementedError where plain DeepSpeed would silently load nothing, or something else."""
+        if not weights_only or wrapper_of(self._attachment.engine) is not Wrapper.ZERO_3:
             return
         if module_only:
             raise NotImplementedError(
@@ -256,15 +264,15 @@ class CheckpointLoader:
                 f" {folder / tag_folder.LATEST}."
             )
 
-    def _saved_run(self, here: Path, child: Child, record: RunRecord) -> tuple[SavedRun, Layout]:
-        """DeepSpeed's files, and where in them this rank's elements lie: of the ranks that have some of those."""
+    def _saved_run(self, here: Path, child: SavedChild, record: RunRecord) -> tuple[SavedRun, Layout]:
+        """DeepSpeed's files of the ranks that had this rank's elements, and where in them those are."""
         ranks = self._ranks_with_mine(child, record)
         layout = Layout(s for rank in ranks for s in read_layout(child.folder / record.ranks[rank].name))
-        run = SavedRun(here, record.optimizer, {(file.what, file.rank): file.name for file in record.deepspeed})
+        run = SavedRun(here, record.wrapper(here), {(file.what, file.rank): file.name for file in record.deepspeed})
         check_values(run, layout, self._attachment.shards)
         return run, layout
 
-    def _ranks_with_mine(self, child: Child, record: RunRecord) -> list[int]:
+    def _ranks_with_mine(self, child: SavedChild, record: RunRecord) -> list[int]:
         holders = child.manifest.holders
         if holders is None:
             return list(range(record.world_size))
@@ -293,17 +301,17 @@ class CheckpointLoader:
                 " Remedy: set the same bf16 or fp16 in the DeepSpeed config."
             )
 
-    def _is_same_shape(self, child: Child, record: RunRecord, mine: Sequence[Any]) -> bool:
-        """Whether every rank finds its own flat shards in the files of its own name. A collective."""
-        rank = dist.get_rank()
-        same = record.world_size == dist.get_world_size()
-        same = same and record.optimizer is wrapper_of(self._attachment.engine)
+    def _is_same_shape(self, child: SavedChild, record: RunRecord, mine: Sequence[Any]) -> bool:
+        """Whether every rank finds its own flat shards in the files with its rank in their names. A collective."""
+        rank = this_rank()
+        same = record.world_size == world_size()
+        same = same and record.optimizer == wrapper_of(self._attachment.engine).value
         with raising_together():
             same = same and read_layout(child.folder / record.ranks[rank].name) == tuple(mine)
         return true_on_all(same)
 
     def _load_elsewhere(
-        self, here: Path, child: Child, record: RunRecord, mine: Sequence[Any], load_lr_scheduler_states: bool
+        self, here: Path, child: SavedChild, record: RunRecord, mine: Sequence[Any], load_lr_scheduler_states: bool
     ) -> dict[str, Any]:
         with raising_together():
             run, layout = self._saved_run(here, child, record)

@@ -1,4 +1,4 @@
-"""What each rank alone knows, in a file of its own: `child/rank-00003.safetensors`.
+"""What only this rank knows, in one file for each rank: `child/rank-00003.safetensors`.
 
 Its tensors are the rank's random states; its header holds the layout of the rank's flat shards in DeepSpeed's files, as json under
 the key "shards". See [Note: elastic resume].
@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ds_childtune.child_files.atomic import checksum, new_file
-from ds_childtune.child_files.format import MAX_NUMEL, ChildFileError, FileEntry, parsed
+from ds_childtune.child_files.atomic import new_file
+from ds_childtune.child_files.checksums import blake2b
+from ds_childtune.child_files.format import MAX_NUMEL, ChildFileError, FileEntry, parse
 from ds_childtune.random_states import write_random_states
 from ds_childtune.zero.layout import SavedShard
 
@@ -31,7 +32,7 @@ def write_rank_file(folder: Path, rank: int, states: Mapping[str, Tensor], shard
             save_file(dict(states), temporary, {_SHARDS: layout})
         except SafetensorError as error:
             raise OSError(str(error)) from error
-    return FileEntry(path.name, path.stat().st_size, checksum(path))
+    return FileEntry(path.name, path.stat().st_size, blake2b(path))
 
 
 def read_layout(path: Path) -> tuple[SavedShard, ...]:
@@ -41,7 +42,7 @@ def read_layout(path: Path) -> tuple[SavedShard, ...]:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from None
-    shards = parsed(tuple[SavedShard, ...], metadata.get(_SHARDS, ""), str(path))
+    shards = parse(tuple[SavedShard, ...], metadata.get(_SHARDS, ""), str(path))
     for shard in shards:
         # Later reads slice DeepSpeed's tensors by these numbers.
         inside = all(

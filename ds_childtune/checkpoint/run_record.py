@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from ds_childtune.child_files.atomic import checksum
-from ds_childtune.child_files.format import ChildFileError, FileEntry, check_seal, parsed
-from ds_childtune.child_files.reader import Child
+from ds_childtune.child_files import checksums
+from ds_childtune.child_files.format import ChildFileError, FileEntry, check_seal, parse
+from ds_childtune.child_files.reader import SavedChild
 from ds_childtune.zero.engine import Wrapper
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -31,11 +30,11 @@ class DeepSpeedFile:
     name: _FileName
     bytes: _Count
     crc32: Annotated[str, Field(pattern="^[0-9a-f]{8}$")]
-    """Of the contents, in hexadecimal. These files are as large as the model: blake2b would take a third of their writing."""
+    """See `child_files/checksums.py`."""
 
     @classmethod
     def of(cls, path: Path, rank: int, what: Literal["model", "optim"]) -> DeepSpeedFile:
-        return cls(rank, what, path.name, path.stat().st_size, _crc32(path))
+        return cls(rank, what, path.name, path.stat().st_size, checksums.crc32(path))
 
 
 @dataclass(frozen=True)
@@ -64,27 +63,36 @@ class RunRecord:
     chosen: bool
     """False: a ChildTuning-D child that `select` had not fixed yet."""
     world_size: Annotated[int, Field(ge=1)]
-    optimizer: Wrapper
-    """What lays the optimizer's state out in DeepSpeed's files."""
+    optimizer: str
+    """A value of `Wrapper`: what laid the optimizer's state out in DeepSpeed's files."""
     precision: str
     """dtype of the forward pass."""
     ranks: tuple[FileEntry, ...]
     """One for each rank, in order."""
     deepspeed: tuple[DeepSpeedFile, ...]
     seal: str = ""
-    """See `format.sealed`."""
+    """See `format.seal`."""
 
     @classmethod
-    def of(cls, child: Child) -> RunRecord:
+    def of(cls, child: SavedChild) -> RunRecord:
         """Raises ChildFileError when the manifest is not a checkpoint's, or has changed."""
         check_seal(child.manifest, child.folder)
-        record = parsed(cls, json.dumps(child.manifest.extra), f"{child.folder}: extra")
+        record = parse(cls, json.dumps(child.manifest.extra), f"{child.folder}: extra")
         if len(record.ranks) != record.world_size:
             raise ChildFileError(
                 f"{child.folder}: expected a file of each of {record.world_size} ranks, got {len(record.ranks)}."
                 " Remedy: use another checkpoint, or an undamaged copy."
             )
         return record
+
+    def wrapper(self, folder: Path) -> Wrapper:
+        """What laid the optimizer's state out. Raises ChildFileError for what this version does not know."""
+        if self.optimizer not in {w.value for w in Wrapper}:
+            raise ChildFileError(
+                f"{folder}: expected optimizer state in one of {', '.join(w.value for w in Wrapper)}, got {self.optimizer[:80]!r}."
+                " Remedy: load it with the ds_childtune that wrote it, or use another checkpoint."
+            )
+        return Wrapper(self.optimizer)
 
     def check_files(self, folder: Path, share: int, of: int) -> None:
         """Sizes and checksums of every `of`-th file that is not in the manifest's own list, from the `share`-th on.
@@ -95,8 +103,8 @@ class RunRecord:
         Raises:
             ChildFileError: for one that is missing, truncated or changed.
         """
-        files = [(folder / "child" / f.name, f.bytes, f.blake2b, checksum) for f in self.ranks]
-        files += [(folder / f.name, f.bytes, f.crc32, _crc32) for f in self.deepspeed]
+        files = [(folder / "child" / f.name, f.bytes, f.blake2b, checksums.blake2b) for f in self.ranks]
+        files += [(folder / f.name, f.bytes, f.crc32, checksums.crc32) for f in self.deepspeed]
         for path, size, digest, digest_of in files[share::of]:
             try:
                 got = path.stat().st_size
@@ -112,11 +120,3 @@ class RunRecord:
                     f"{path}: expected checksum {digest}, got another: bytes have changed."
                     " Remedy: use another checkpoint, or an undamaged copy."
                 )
-
-
-def _crc32(path: Path) -> str:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return f"{value:08x}"

@@ -9,23 +9,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deepspeed import comm as dist
-
 from ds_childtune._version import __version__
 from ds_childtune.attachment import Attachment
 from ds_childtune.checkpoint import tag_folder
-from ds_childtune.checkpoint.child import KIND, hidden_state, moment_keys, parameter_entries, pieces, stored_fragments
+from ds_childtune.checkpoint.child import (
+    KIND,
+    moment_keys,
+    parameter_entries,
+    pieces,
+    stored_fragments,
+    without_compact_state,
+)
 from ds_childtune.checkpoint.hooks import Hooks
 from ds_childtune.checkpoint.rank_file import write_rank_file
 from ds_childtune.checkpoint.run_record import DeepSpeedFile, RunRecord
 from ds_childtune.child.base_optimizer import share_counters
 from ds_childtune.child_files.atomic import explained, new_folder, sync_folder
-from ds_childtune.child_files.format import FileEntry, Manifest, sealed
+from ds_childtune.child_files.format import FileEntry, Manifest, seal
 from ds_childtune.child_files.holders import Holders
 from ds_childtune.child_files.rank_holders import gather_holders
-from ds_childtune.child_files.writer import commit, write_pieces
+from ds_childtune.child_files.writer import write_manifest, write_pieces
 from ds_childtune.random_states import read_random_states
-from ds_childtune.ranks import check_same, gather_objects, raise_together, raising_together
+from ds_childtune.ranks import check_same, gather_objects, raise_together, raising_together, this_rank, world_size
 from ds_childtune.zero.checkpoint_write import (
     dense_masters,
     keeping_save_errors,
@@ -69,7 +74,7 @@ class CheckpointSaver:
         """`DeepSpeedEngine.save_checkpoint`, with the child, and whole or not at all. A collective.
 
         Raises:
-            RuntimeError: on every rank, when a rank cannot write. Training can go on, and older checkpoints are as they were.
+            RuntimeError: on every rank, when a rank cannot write. Older checkpoints are as they were, and the engine can train on.
             ValueError, NotImplementedError: on every rank, for a wrong argument or a way of saving that is not supported.
         """
         engine = self._attachment.engine
@@ -79,11 +84,11 @@ class CheckpointSaver:
                     f"save_checkpoint: expected a folder as save_dir, got {save_dir!r}. Remedy: name one, or any new path."
                 )
             refuse_unsupported_saving(engine)
-            name = tag_folder.checked_tag(f"global_step{engine.global_steps}" if tag is None else tag)
+            name = tag_folder.check_tag(f"global_step{engine.global_steps}" if tag is None else tag)
             self._check_unchanged()
         check_same(f"{save_dir}/{name}", "save_checkpoint's save_dir and tag")
         folder = Path(save_dir)
-        first = dist.get_rank() == 0
+        first = this_rank() == 0
         with raising_together():
             if first:
                 with explained(folder):
@@ -94,7 +99,7 @@ class CheckpointSaver:
             with raising_together():
                 if first:
                     with explained(folder / name):
-                        tag_folder.commit(folder, name)
+                        tag_folder.publish(folder, name)
                         if save_latest:
                             tag_folder.write_latest(folder, name)
         except Exception:
@@ -116,12 +121,12 @@ class CheckpointSaver:
         """Everything into the partial folder, on disk."""
         engine, child = self._attachment.engine, self._hooks.child
         partial = tag_folder.partial_tag(name)
-        rank = dist.get_rank()
+        rank = this_rank()
         with ExitStack() as made_ready:
-            with raising_together():  # copies of masters may not fit on one rank alone
+            with raising_together():  # copies of masters may not fit on one of the ranks
                 self._share_counters()
                 made_ready.enter_context(dense_masters(engine, self._attachment.shards))
-                made_ready.enter_context(hidden_state(child))
+                made_ready.enter_context(without_compact_state(child))
             errors = made_ready.enter_context(keeping_save_errors(engine))
             try:
                 self._save(str(folder), partial, client_state, False, exclude_frozen)
@@ -149,7 +154,7 @@ class CheckpointSaver:
         everyone = gather_objects(_Written(tuple(files), rank_file, entry))
         with raising_together():
             if rank == 0:
-                commit(own, self._manifest(everyone, holders))
+                write_manifest(own, self._manifest(everyone, holders))
                 sync_folder(folder / partial)
 
     def _share_counters(self) -> None:
@@ -165,8 +170,8 @@ class CheckpointSaver:
         record = RunRecord(
             progress=self._hooks.progress,
             chosen=chosen,
-            world_size=dist.get_world_size(),
-            optimizer=wrapper_of(self._attachment.engine),
+            world_size=world_size(),
+            optimizer=wrapper_of(self._attachment.engine).value,
             precision=self._attachment.precision,
             ranks=tuple(w.rank_file for w in everyone),
             deepspeed=tuple(file for w in everyone for file in w.deepspeed),
@@ -182,7 +187,7 @@ class CheckpointSaver:
             files=tuple(w.pieces for w in everyone if w.pieces is not None),
             extra=asdict(record),
         )
-        return sealed(manifest.with_holders(holders))
+        return seal(manifest.with_holders(holders))
 
 
 def _explained(error: Exception, folder: Path) -> RuntimeError:
@@ -191,8 +196,8 @@ def _explained(error: Exception, folder: Path) -> RuntimeError:
         try:
             with explained(folder):
                 raise error
-        except RuntimeError as told:
-            return told
+        except RuntimeError as explained_error:
+            return explained_error
     text = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
     space = os.statvfs(folder if folder.exists() else folder.anchor or ".")
     free = space.f_bavail * space.f_frsize

@@ -26,7 +26,7 @@ _PARTIAL, _OLD = ".child-partial", ".child-old"
 """Endings that nobody else gives to a folder: what has one may be removed."""
 
 
-def checked_tag(tag: object) -> str:
+def check_tag(tag: object) -> str:
     """`tag` as DeepSpeed takes it, a string.
 
     Raises:
@@ -69,7 +69,7 @@ def prepare(save_dir: Path, tag: str) -> None:
                 shutil.rmtree(left)
 
 
-def commit(save_dir: Path, tag: str) -> None:
+def publish(save_dir: Path, tag: str) -> None:
     """Give a partial folder its name, on one rank, when every rank's files are on disk."""
     folder = save_dir / tag
     if folder.exists():
@@ -104,7 +104,7 @@ def read_latest(load_dir: Path) -> str | None:
         return None
     try:
         with path.open("rb") as file:
-            return checked_tag(file.read(_LONGEST).decode().strip())
+            return check_tag(file.read(_LONGEST).decode().strip())
     except (OSError, ValueError) as error:
         raise ChildFileError(
             f"{path}: expected the name of a tag, got: {str(error)[:200]}. Remedy: write the name of a checkpoint's folder into"

@@ -88,7 +88,7 @@ def shard_kernel(pieces: Sequence[Fragment], device: torch.device, dtype: torch.
     if device.type != "cpu" and _triton_works(device, dtype):
         from ds_childtune.child import mask_triton
 
-        return mask_triton.ShardKernel(pieces, device, MULTIPLIERS)
+        return mask_triton.TritonKernel(pieces, device, MULTIPLIERS)
     # Triton is what torch.compile would use on accelerators, too.
     kernel = mask_kernel(device.type, dtype, allow_compile=device.type == "cpu")
 
@@ -155,7 +155,7 @@ def _triton_works(device: torch.device, dtype: torch.dtype) -> bool:
         sizes = (3 * mask_triton.BLOCK + 2, 1, mask_triton.BLOCK)
         starts = (1, 3 * mask_triton.BLOCK + 3, 3 * mask_triton.BLOCK + 7)
         pieces = [Fragment("w", 0, start, numel) for start, numel in zip(starts, sizes, strict=True)]
-        kernel = mask_triton.ShardKernel(pieces, device, MULTIPLIERS)
+        kernel = mask_triton.TritonKernel(pieces, device, MULTIPLIERS)
         keys = torch.tensor([[0x1234567, -0x7654321], [5, 7], [-9, 11]], dtype=torch.int32, device=device)
         got = torch.linspace(-1, 1, starts[-1] + sizes[-1] + 9, device=device).to(dtype)
         expected = got.clone()

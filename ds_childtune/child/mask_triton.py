@@ -44,7 +44,7 @@ def _mask_block(  # type: ignore[no-untyped-def]
     tl.store(at, masked.to(value.dtype), mask=lane < size)
 
 
-class ShardKernel:
+class TritonKernel:
     """Masks and rescales the gradient of one flat shard in place."""
 
     def __init__(self, pieces: Sequence[Fragment], device: torch.device, multipliers: tuple[int, int]) -> None:

@@ -16,8 +16,8 @@ from ds_childtune.child_files.export_info import KIND, ExportInfo, persistent_bu
 from ds_childtune.child_files.fingerprint import bits, fingerprint, signed, text
 from ds_childtune.child_files.format import DTYPES, ChildFileError, Piece
 from ds_childtune.child_files.holders import Run
-from ds_childtune.child_files.reader import Child, open_child
-from ds_childtune.ranks import device, raising_together, sum_over_ranks
+from ds_childtune.child_files.reader import SavedChild, open_child
+from ds_childtune.ranks import device, raising_together, sum_over_ranks, this_rank, world_size
 from ds_childtune.zero.flat_shards import read_flat_shards, read_parameters
 from ds_childtune.zero.weights import full_shape, is_partitioned, local_weights, refresh_copies
 
@@ -134,9 +134,7 @@ class _Site:
         is_sharded = engine is not None or any(is_partitioned(p) for p in params.values())
         site = cls(model, engine, params, params | persistent_buffers(model), is_sharded)
         if is_sharded:
-            from deepspeed import comm as dist
-
-            site.rank, site.world_size = dist.get_rank(), dist.get_world_size()
+            site.rank, site.world_size = this_rank(), world_size()
         if engine is not None and engine.optimizer is not None:
             for shard in read_flat_shards(engine, read_parameters(engine)):
                 for fragment in shard.fragments:
@@ -147,7 +145,7 @@ class _Site:
     def together(self) -> Any:
         return raising_together() if self.is_sharded else nullcontext()
 
-    def read(self, child: Child) -> dict[str, Piece]:
+    def read(self, child: SavedChild) -> dict[str, Piece]:
         """This rank's elements of the stored parameters of which it has any."""
         runs = []
         for entry in child.manifest.parameters:
@@ -183,7 +181,7 @@ class _Site:
             refresh_copies(self.params.values())
 
 
-def _check_parameters(child: Child, site: _Site) -> None:
+def _check_parameters(child: SavedChild, site: _Site) -> None:
     """Raise ValueError unless the model has the child's parameters, in their shapes and dtypes, and no other."""
     remedy = "Remedy: apply the child to the model that it was trained on, in the same dtype."
     theirs = {p.name: p for p in child.manifest.parameters}
@@ -201,7 +199,7 @@ def _check_parameters(child: Child, site: _Site) -> None:
             )
 
 
-def _check_fingerprints(child: Child, found: dict[str, int]) -> None:
+def _check_fingerprints(child: SavedChild, found: dict[str, int]) -> None:
     """Raise ValueError unless the model, outside the child, is the base model."""
     info = ExportInfo.of(child.manifest, child.folder)
     others = [name for name, number in found.items() if info.fingerprints.get(name) != text(number)]
@@ -213,7 +211,7 @@ def _check_fingerprints(child: Child, found: dict[str, int]) -> None:
         )
 
 
-def _refuse_conflicts(children: Sequence[Child], own: Sequence[dict[str, Piece]]) -> None:
+def _refuse_conflicts(children: Sequence[SavedChild], own: Sequence[dict[str, Piece]]) -> None:
     """Raise ValueError when two children have other values for the same element of this rank's."""
     for j, late in enumerate(own):
         for i, early in enumerate(own[:j]):

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-_BLOCK = 1 << 20
 
 
 @contextmanager
@@ -20,7 +17,7 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         RuntimeError: for a full disk, a folder that cannot be written, and whatever else the system refuses.
     """
-    # A folder, as safetensors makes a file of its own beside the one that it is given; and the same name each time, so that what a
+    # A folder, as safetensors makes another file next to the one that it is given; and the same name each time, so that what a
     # killed process left behind goes away.
     folder = path.with_name(f".{path.name}.tmp")
     temporary = folder / path.name
@@ -31,7 +28,7 @@ def new_file(path: Path) -> Iterator[Path]:
             temporary.touch()
             mode = temporary.stat().st_mode
             yield temporary
-            temporary.chmod(mode)  # safetensors' files are for their owner alone
+            temporary.chmod(mode)  # only the owner can read what safetensors writes
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -66,15 +63,6 @@ def sync_folder(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def checksum(path: Path) -> str:
-    """blake2b of the contents, 16 bytes in hexadecimal."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextmanager

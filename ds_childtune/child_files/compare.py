@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_childtune.child_files.fingerprint import bits
 from ds_childtune.child_files.format import ChildFileError, ParameterEntry, Piece
-from ds_childtune.child_files.reader import Child
+from ds_childtune.child_files.reader import SavedChild
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Overlap:
         return self.first * self.second / self.numel if self.numel else 0.0
 
 
-def compare(one: Child, other: Child) -> list[Overlap]:
+def compare(one: SavedChild, other: SavedChild) -> list[Overlap]:
     """One entry for each parameter that is stored in either, in the first child's order.
 
     Raises:
@@ -77,7 +77,7 @@ def _batches(parameters: Iterable[ParameterEntry]) -> Iterator[list[ParameterEnt
     yield batch
 
 
-def _parts(child: Child, parameters: Iterable[ParameterEntry]) -> dict[str, list[Piece]]:
+def _parts(child: SavedChild, parameters: Iterable[ParameterEntry]) -> dict[str, list[Piece]]:
     """The pieces of those that are stored."""
     names = [p.name for p in parameters if p.name in child.stored]
     return dict(zip(names, child.read_parts([child.whole(name) for name in names]), strict=True))

@@ -1,10 +1,9 @@
-"""The child alone: the tuned values of the elements that were trained, to be applied to the base model.
+"""Only the child: the tuned values of the elements that were trained, to be applied to the base model.
 
 [Note: export]
 Kind "export". For each trained parameter the pieces hold "values", of the parameter's own dtype, for the elements inside the
-child; a dense parameter and a persistent buffer is stored whole. Frozen parameters
-are not. Every rank writes its own fragments,
-so none of them ever has a whole parameter that it did not have before.
+child. Dense parameters and persistent buffers are stored whole, frozen parameters not at all. Every rank writes its own fragments, so
+no rank has to gather a parameter.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from torch import Tensor, nn
 
 from ds_childtune._version import __version__
@@ -25,11 +23,11 @@ from ds_childtune.child_files.format import (
     FileEntry,
     Manifest,
     Piece,
-    sealed,
+    seal,
 )
 from ds_childtune.child_files.rank_holders import gather_holders
-from ds_childtune.child_files.writer import commit, write_pieces
-from ds_childtune.ranks import device, gather_objects, largest_of_ranks, raising_together, sum_over_ranks
+from ds_childtune.child_files.writer import write_manifest, write_pieces
+from ds_childtune.ranks import device, gather_objects, largest_of_ranks, raising_together, sum_over_ranks, this_rank
 from ds_childtune.shards import Fragment
 from ds_childtune.zero.weights import is_partitioned, local_weights
 
@@ -53,7 +51,7 @@ def export_child(
     trained = {name for name, held in zip(params, has.tolist(), strict=True) if held}
     with raising_together():
         entries = parameter_entries(model, [*trained, *buffers])
-        first = dist.get_rank() == 0
+        first = this_rank() == 0
         for name, param in params.items():
             if name not in trained and (first or is_partitioned(param)):
                 weights = local_weights(name, param)
@@ -68,13 +66,13 @@ def export_child(
         if first:
             new_folder(folder)
     with raising_together():
-        file = write_pieces(folder, dist.get_rank(), pieces)
+        file = write_pieces(folder, this_rank(), pieces)
     files: tuple[FileEntry, ...] = tuple(f for f in gather_objects(file) if f is not None)
     extra = describe(model, dict(zip(params, totals.tolist(), strict=True)), step)
-    manifest = sealed(Manifest(__version__, KIND, dict(config), entries, files, extra).with_holders(holders))
+    manifest = seal(Manifest(__version__, KIND, dict(config), entries, files, extra).with_holders(holders))
     with raising_together():
         if first:
-            commit(folder, manifest)
+            write_manifest(folder, manifest)
     return manifest
 
 

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from ds_childtune.child_files.fingerprint import text
-from ds_childtune.child_files.format import DTYPES, Manifest, ParameterEntry, check_seal, parsed
+from ds_childtune.child_files.format import DTYPES, Manifest, ParameterEntry, check_seal, parse
 from ds_childtune.zero.weights import full_shape
 
 KIND = "export"
@@ -33,13 +33,13 @@ class ExportInfo:
     step: int
     """Applied steps of training."""
     seal: str
-    """See `format.sealed`."""
+    """See `format.seal`."""
 
     @classmethod
     def of(cls, manifest: Manifest, where: Path) -> ExportInfo:
         """Raises ChildFileError when the manifest has something else, or has changed."""
         check_seal(manifest, where)
-        return parsed(cls, json.dumps(manifest.extra), str(where))
+        return parse(cls, json.dumps(manifest.extra), str(where))
 
 
 def describe(model: nn.Module, fingerprints: Mapping[str, int], step: int) -> dict[str, Any]:

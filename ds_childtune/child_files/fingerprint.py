@@ -44,7 +44,7 @@ def fingerprint(values: Tensor, start: int, inside: Tensor | None) -> int:
         if inside is not None:
             found = found.masked_fill(inside[first:end], 0)
         keys = _keys(values.device)[offset : offset + end - first]
-        # Other numbers than `_keys` mixes: the product must tell place 1 of tile 0 from place 0 of tile 1.
+        # Other numbers than `_keys` mixes: the product must differ for place 1 of tile 0 and place 0 of tile 1.
         result += int((found * keys).sum()) * (int(_mixed(torch.tensor(-1 - tile))) | 1)
         first = end
     return signed(result)

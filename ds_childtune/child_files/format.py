@@ -1,4 +1,4 @@
-"""The files of a child: what is in them, in coordinates that no world size and no ZeRO stage has a part in.
+"""The files of a child: what is in them. Elements are named in a way that depends on no world size and no ZeRO stage.
 
 [Note: child files]
 A folder holds one `child.json`, the *manifest*, and safetensors files, one for each rank that has something to write:
@@ -17,7 +17,7 @@ with those of them that are inside the child, and values for each of these (weig
     "h.0.attn.weight@1024/values"   one entry for each element inside the child, in their order; any number of such tensors
 
 and under the header's `__metadata__`, key "pieces", a json list of `PieceEntry`. The pieces of a parameter never overlap, and cover
-it: so whoever reads can ask for any run of elements, whoever wrote them.
+it: so a reader can ask for any run of elements, whichever rank wrote them.
 
 Version 1, which is still read, has no holders: a reader looks into every file first.
 """
@@ -233,7 +233,7 @@ class Piece:
         return Piece(self.parameter, start, end - start, index, tensors, self.numbers)
 
 
-def sealed(manifest: Manifest) -> Manifest:
+def seal(manifest: Manifest) -> Manifest:
     """With the checksum of all the rest under the key `seal` of `extra`: a flipped bit may leave a number a number."""
     bare = replace(manifest, extra={key: value for key, value in manifest.extra.items() if key != "seal"})
     digest = hashlib.blake2b(bare.json(), digest_size=16).hexdigest()
@@ -242,7 +242,7 @@ def sealed(manifest: Manifest) -> Manifest:
 
 def check_seal(manifest: Manifest, folder: Path) -> None:
     """Raise ChildFileError unless the manifest is as it was sealed."""
-    if manifest.extra.get("seal") != sealed(manifest).extra["seal"]:
+    if manifest.extra.get("seal") != seal(manifest).extra["seal"]:
         raise ChildFileError(
             f"{folder / MANIFEST}: expected the checksum that it was written with, got another: bytes have changed."
             " Remedy: write the child again, or take an undamaged copy."
@@ -256,7 +256,7 @@ def adapter(kind: Any) -> TypeAdapter[Any]:
     return made
 
 
-def parsed(kind: type[T], data: bytes | str, where: str) -> T:
+def parse(kind: type[T], data: bytes | str, where: str) -> T:
     """A dataclass of this module from json.
 
     Raises:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_childtune.child_files.format import DTYPES, ChildFileError, FileEntry, PieceEntry, parsed
+from ds_childtune.child_files.format import DTYPES, ChildFileError, FileEntry, PieceEntry, parse
 
 DAMAGED = "Remedy: write the child again, or take an undamaged copy."
 
@@ -70,7 +70,7 @@ def read_header(folder: Path, file: FileEntry) -> Header:
 
 def _pieces(path: Path, file: FileEntry) -> Iterator[Stored]:
     metadata, tensors = _tensors(path, file)
-    for entry in parsed(list[PieceEntry], metadata, str(path)):
+    for entry in parse(list[PieceEntry], metadata, str(path)):
         expected = {name: (dtype, entry.kept) for name, dtype in entry.tensors.items()}
         if entry.mask == "bits":
             expected["mask"] = ("uint8", (entry.numel + 7) // 8)
@@ -91,7 +91,7 @@ def _pieces(path: Path, file: FileEntry) -> Iterator[Stored]:
         yield Stored(entry, offsets)
     if tensors:
         other = next(iter(tensors))
-        raise ChildFileError(f"{path}: expected tensors of its pieces alone, got {other[:80]!r} too. {DAMAGED}")
+        raise ChildFileError(f"{path}: expected only tensors of its pieces, got {other[:80]!r} too. {DAMAGED}")
 
 
 def _tensors(path: Path, file: FileEntry) -> tuple[str, dict[str, _Tensor]]:
@@ -112,7 +112,7 @@ def _tensors(path: Path, file: FileEntry) -> tuple[str, dict[str, _Tensor]]:
         raise ChildFileError(f"{path}: expected a file of {file.bytes} bytes, got none. {DAMAGED}") from None
     except OSError as error:
         raise ChildFileError(f"{path}: expected a readable file, got: {error}. Remedy: see its permissions.") from None
-    header = parsed(dict[str, Any], text, str(path))
+    header = parse(dict[str, Any], text, str(path))
     metadata = header.pop("__metadata__", None) or {}
     pieces = metadata.get("pieces", "[]") if isinstance(metadata, dict) else None
     if not isinstance(pieces, str):

@@ -7,9 +7,9 @@ the first `head`, every further one `each`, the last what is left.
     parameter of 30 elements     rank 3: [0, 4)   rank 4: [4, 14)   rank 5: [14, 24)   rank 6: [24, 30)
                                  first 3, head 4, each 10
 
-So a manifest says for every parameter in which files its elements lie, in as many bytes for a thousand files as for one, and a reader
-that wants some of them opens only those. Nobody takes it on trust: ranks compare it with what they hold before it is written, and a
-reader compares every file that it opens.
+So a manifest says for every parameter which files have its elements, in as many bytes for a thousand files as for one, and a reader
+opens only the files that it needs. The numbers are checked: by the ranks before they are written, and by a reader in every file that
+it opens.
 """
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ from ds_childtune.child_files.apply import Conflicts, apply_child
 from ds_childtune.child_files.atomic import explained, new_folder, sync_folder
 from ds_childtune.child_files.export_info import KIND, ExportInfo, describe, parameter_entries, persistent_buffers
 from ds_childtune.child_files.fingerprint import fingerprint
-from ds_childtune.child_files.format import DTYPES, Manifest, Piece, sealed
+from ds_childtune.child_files.format import DTYPES, Manifest, Piece, seal
 from ds_childtune.child_files.holders import Held, Holders
-from ds_childtune.child_files.reader import Child, open_child
-from ds_childtune.child_files.writer import commit, write_pieces
+from ds_childtune.child_files.reader import SavedChild, open_child
+from ds_childtune.child_files.writer import write_manifest, write_pieces
 
 _WEIGHTS = (".safetensors", ".bin", ".index.json", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".gguf", ".ot")
 
@@ -90,18 +90,18 @@ def compose(
     files = () if file is None else (file,)
     entries = parameter_entries(model, stored)
     manifest = Manifest(__version__, KIND, config, entries, files, describe(model, sums, steps))
-    manifest = sealed(manifest.with_holders(Holders.of([Held(0, e.numel if e.stored else 0, 0) for e in entries])))
-    commit(output, manifest)
+    manifest = seal(manifest.with_holders(Holders.of([Held(0, e.numel if e.stored else 0, 0) for e in entries])))
+    write_manifest(output, manifest)
     return manifest
 
 
-def _inside(child: Child) -> dict[str, Piece]:
+def _inside(child: SavedChild) -> dict[str, Piece]:
     """Which elements of every stored parameter are inside the child, without their values."""
     names = [p.name for p in child.manifest.parameters if p.stored]
     return dict(zip(names, child.read_runs([child.whole(name) for name in names], values=False), strict=True))
 
 
-def _tuned(base: str | Path, children: Sequence[Child], conflicts: Conflicts) -> Any:
+def _tuned(base: str | Path, children: Sequence[SavedChild], conflicts: Conflicts) -> Any:
     """The base model, loaded as it was trained, with the children on it."""
     if not children:
         raise ValueError("expected at least one child's folder, got none. Remedy: pass its path.")
@@ -110,7 +110,7 @@ def _tuned(base: str | Path, children: Sequence[Child], conflicts: Conflicts) ->
     return model
 
 
-def _load(base: str | Path, child: Child) -> Any:
+def _load(base: str | Path, child: SavedChild) -> Any:
     """The base model in the class, config and dtypes that the child was trained in."""
     try:
         import transformers

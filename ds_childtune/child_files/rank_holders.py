@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from deepspeed import comm as dist
 
 from ds_childtune.child_files.holders import Holders
-from ds_childtune.ranks import largest_of_ranks, true_on_all
+from ds_childtune.ranks import largest_of_ranks, this_rank, true_on_all
 
 
 def gather_holders(numels: Mapping[str, int], own: Iterable[tuple[str, int, int]]) -> Holders | None:
@@ -20,7 +19,7 @@ def gather_holders(numels: Mapping[str, int], own: Iterable[tuple[str, int, int]
         numels: elements of every parameter; the same names in the same order on every rank.
         own: what this rank holds: name, first element, number of elements.
     """
-    rank, position = dist.get_rank(), {name: i for i, name in enumerate(numels)}
+    rank, position = this_rank(), {name: i for i, name in enumerate(numels)}
     start = torch.zeros(len(numels), dtype=torch.int64)
     end, pieces = torch.zeros_like(start), torch.zeros_like(start)
     for name, first_element, count in own:

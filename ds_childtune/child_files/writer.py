@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ds_childtune.child_files.atomic import checksum, explained, new_file, sync_folder, write_bytes
+from ds_childtune.child_files.atomic import explained, new_file, sync_folder, write_bytes
+from ds_childtune.child_files.checksums import blake2b
 from ds_childtune.child_files.format import DTYPES, MANIFEST, FileEntry, Manifest, Piece, PieceEntry, adapter
 
 _OURS = re.compile(r"child-\d{5,}(-[0-9a-f]{16})?\.safetensors")
@@ -47,7 +48,7 @@ def write_pieces(folder: Path, writer: int, pieces: Iterable[Piece]) -> FileEntr
         except SafetensorError as error:
             raise _as_os_error(error) from error
     with explained(draft):
-        digest = checksum(draft)
+        digest = blake2b(draft)
         # Named after its contents, so that writing into a folder that holds a child already leaves that one whole.
         path = folder / f"child-{writer:05d}-{digest[:16]}.safetensors"
         draft.replace(path)
@@ -55,7 +56,7 @@ def write_pieces(folder: Path, writer: int, pieces: Iterable[Piece]) -> FileEntr
         return FileEntry(path.name, path.stat().st_size, digest)
 
 
-def commit(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Make the folder a child: called once, by one rank, when every rank has written its pieces.
 
     A child that was there before is replaced in one instant; its files, and what killed writers left, are then removed.
@@ -88,7 +89,7 @@ def _encode(piece: Piece) -> tuple[PieceEntry, dict[str, Tensor]]:
     elif index.numel() * index.element_size() <= (piece.numel + 7) // 8:
         mask, places = "index", {"index": index.contiguous()}
     else:
-        mask, places = "bits", {"mask": packed(piece.mask())}
+        mask, places = "bits", {"mask": pack(piece.mask())}
     entry = PieceEntry(
         piece.parameter,
         piece.start,
@@ -102,12 +103,12 @@ def _encode(piece: Piece) -> tuple[PieceEntry, dict[str, Tensor]]:
     return entry, {entry.key(name): tensor for name, tensor in places.items()}
 
 
-def packed(mask: Tensor) -> Tensor:
+def pack(mask: Tensor) -> Tensor:
     """uint8 [ceil(n / 8)] from bool [n], lowest bit first."""
     return torch.from_numpy(np.packbits(mask.cpu().numpy(), bitorder="little"))
 
 
 def _as_os_error(error: SafetensorError) -> OSError:
-    """safetensors has the system's error in its text alone."""
+    """safetensors gives the system's error only as text."""
     code = re.search(r"os error (\d+)", str(error))
     return OSError(int(code.group(1)), str(error)) if code else OSError(str(error))

@@ -8,12 +8,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from torch import Tensor
 
 from ds_childtune.config import FisherConfig
 from ds_childtune.random_states import kept_random_states
-from ds_childtune.ranks import device, raise_together, raising_together, sum_over_ranks
+from ds_childtune.ranks import (
+    device,
+    largest_of_ranks,
+    raise_together,
+    raising_together,
+    sum_over_ranks,
+    world_size,
+)
 from ds_childtune.selection.fisher import Fisher, FisherAccumulator
 from ds_childtune.selection.loss import LossFunction, _is_scalar, outline
 from ds_childtune.selection.rounds import Round, rounds
@@ -25,7 +31,7 @@ from ds_childtune.zero.calibration import (
     hands_on,
     loss_scale,
     mixes_gradients,
-    pieces,
+    splits,
     splits_parameters,
 )
 from ds_childtune.zero.engine import inside_accumulation, model_dtype
@@ -80,8 +86,8 @@ class _FisherPass:
         self._squares_here = config.estimator == "per_micro_batch"
         self._accumulator = FisherAccumulator(shards, square=not self._squares_here, dtype=config.score_dtype)
         self._reduction = Reduction(
-            pieces(engine, self._parameters),
-            dist.get_world_size() if splits_parameters(engine) else 1,
+            splits(engine, self._parameters),
+            world_size() if splits_parameters(engine) else 1,
             self._receive,
             squares=self._squares_here,
             clip=config.max_grad_norm,
@@ -159,8 +165,7 @@ class _FisherPass:
         digest = _digest(self._reduction.taken) if compared else None
         extremes = [digest, -digest] if digest is not None else [-(1 << 62)] * 2
         summary = torch.cat([torch.tensor(extremes, device=device()), self._reduction.not_finite.view(1).long()])
-        dist.all_reduce(summary, op=dist.ReduceOp.MAX)
-        largest, smallest, not_finite = summary.tolist()
+        largest, smallest, not_finite = largest_of_ranks(summary).tolist()
         if largest + smallest > 0:
             raise NotImplementedError(self._mixed(round_, compared=compared))
         if not not_finite:

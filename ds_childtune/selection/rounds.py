@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from ds_childtune.ranks import device, raise_together, sum_over_ranks
+from ds_childtune.ranks import device, raise_together, sum_over_ranks, this_rank, world_size
 from ds_childtune.selection.loss import outline
 
 
@@ -40,7 +39,7 @@ class Round:
 
 def rounds(batches: Iterable[Any], max_batches: int | None) -> Iterator[Round]:
     """Pair up the ranks' iterables, which may differ in length; the ranks agree before each batch."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, ranks = this_rank(), world_size()
     source = _catching(batches)
     batch, used, number = None, 0, 0
     exhausted = False
@@ -49,7 +48,7 @@ def rounds(batches: Iterable[Any], max_batches: int | None) -> Iterator[Round]:
             fresh, error = (None, None) if exhausted else next(source)
             exhausted |= fresh is None
             raise_together(error)
-            has_batch = torch.zeros(world_size, dtype=torch.int64, device=device())
+            has_batch = torch.zeros(ranks, dtype=torch.int64, device=device())
             has_batch[rank] = int(not exhausted)
             sum_over_ranks(has_batch)
             if number == 0 and not bool(has_batch.all()):

@@ -1,17 +1,17 @@
 """Backward passes whose gradients stay whole and on their ranks.
 
 [Note: before DeepSpeed reduces]
-A calibration pass goes through `engine.backward`, as ZeRO-3 gathers parameters in it, but nothing of DeepSpeed's takes gradients: the
+A calibration pass calls `engine.backward`, in which ZeRO-3 gathers parameters, but DeepSpeed does not take the gradients: the
 methods that would are replaced on the instance, by the class of `engine.optimizer`:
 
     DeepSpeedZeroOptimizer_Stage3    reduce_ready_partitions_and_remove_grads     hands each gradient on as soon as it is whole
     DeepSpeedZeroOptimizer           process_gradients                            likewise at ZeRO-2, which keeps no whole gradients
     BF16_Optimizer                   accumulate_hp_grads_and_remove_lp            nothing
     all but the first                backward_epilogue                            nothing
-    every ZeROOptimizer              scale_if_loss                                nothing; the pass has a loss scale of its own
+    every ZeROOptimizer              scale_if_loss                                nothing; the pass has its own loss scale
     the engine                       inside_no_sync_ctxt                          True, as in its `no_sync`
 
-So buckets, masters, gradient buffers, the loss scaler and the base optimizer are not touched, and nothing of them has to be put back.
+So buckets, masters, gradient buffers, the loss scaler and the base optimizer are not touched, and need not be restored.
 At ZeRO 0 and 1, which keep whole gradients in training too, they stay on the parameters until the backward pass has returned.
 """
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ds_childtune.ranks import Unanswered
 from ds_childtune.zero.engine import Engine, Wrapper, wrapper_of
 from ds_childtune.zero.overrides import Overrides
-from ds_childtune.zero.reduction import Piece
+from ds_childtune.zero.reduction import Split
 
 Backward = Callable[[Tensor], None]
 """`backward(loss)`: one backward pass; gradients are handed on, or stay on the parameters."""
@@ -55,12 +55,12 @@ def mixes_gradients(engine: Engine) -> bool:
     return int(engine.zero_optimization_stage()) > 0
 
 
-def pieces(engine: Engine, parameters: Mapping[str, nn.Parameter]) -> dict[str, Piece]:
+def splits(engine: Engine, parameters: Mapping[str, nn.Parameter]) -> dict[str, Split]:
     """How each parameter is split over the ranks."""
     if not splits_parameters(engine):
-        return {name: Piece(p.numel(), p.numel()) for name, p in parameters.items()}
+        return {name: Split(p.numel(), p.numel()) for name, p in parameters.items()}
     named: Mapping[str, Any] = parameters
-    return {name: Piece(p.ds_numel, p.partition_numel()) for name, p in named.items()}
+    return {name: Split(p.ds_numel, p.partition_numel()) for name, p in named.items()}
 
 
 def bucket_numel(engine: Engine) -> int:

@@ -9,7 +9,6 @@ By the wrapper around the base optimizer:
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -110,7 +109,7 @@ class SavedRun:
     def _file(self, what: What, rank: int) -> dict[str, Any]:
         name = self.files[what, rank]
         if name not in self._open:
-            self._open[name] = _read(self.folder / name, trusted=what == "model")
+            self._open[name] = _read(self.folder / name)
         return self._open[name]  # type: ignore[no-any-return]
 
 
@@ -119,23 +118,6 @@ def _flattened(groups: Sequence[Any]) -> list[Tensor]:
     return [t for group in groups for t in (group if isinstance(group, (list, tuple)) else [group])]
 
 
-def _read(path: Path, *, trusted: bool) -> dict[str, Any]:
-    """One of DeepSpeed's files. `trusted`: it may hold objects of the user's, as in a client state; DeepSpeed loads all of them so."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    stages: dict[str, ZeroStageEnum] = dict(ZeroStageEnum.__members__)
-
-    def member(of: type, name: str) -> ZeroStageEnum:
-        """What Python 3.11.0 to 3.11.3 pickles an enum's member with is `getattr`; this one knows a single enum."""
-        if of is not ZeroStageEnum or name not in stages:
-            raise pickle.UnpicklingError(f"expected a member of ZeroStageEnum, got {name!r} of {of}")
-        return stages[name]
-
-    classes: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    classes += [(member, "builtins.getattr"), (member, "__builtin__.getattr")]
-    with torch.serialization.safe_globals(classes):
-        return torch.load(  # type: ignore[no-any-return]
-            path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=not trusted
-        )
+def _read(path: Path) -> dict[str, Any]:
+    """One of DeepSpeed's files, unpickled in full, as DeepSpeed does: a client state may hold any object."""
+    return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=False)  # type: ignore[no-any-return]

@@ -95,7 +95,7 @@ def keeping_load_errors(engine: Engine) -> AbstractContextManager[list[Exception
 
 @contextmanager
 def _keeping_errors(*places: tuple[Any, str, Any]) -> Iterator[list[Exception]]:
-    """Keep errors in a list: raised at once, on one rank, they would leave the others waiting in DeepSpeed's next collective.
+    """Keep errors in a list: raised at once on one rank, they would leave the others waiting in DeepSpeed's next collective.
 
     Args:
         places: an object, the name of its method, and what that returns when it fails.
@@ -137,11 +137,11 @@ def without_empty_states(engine: Engine) -> Iterator[None]:
 
 @contextmanager
 def dense_masters(engine: Engine, shards: Sequence[FlatShard]) -> Iterator[None]:
-    """Let ZeRO's state dict hold flat shards, also where a compact child's own shards stand in their place.
+    """Let ZeRO's state dict hold flat shards, also where a compact child's shards have taken their place.
 
     There the masters outside the child are the 16-bit weights, see [Note: ZeRO-3 on child shards]. They are views of larger buffers,
-    which would be saved with them, so copies stand in for them, in the base optimizer's state, too. Those are on the host: the device
-    may have no room for them.
+    which would be saved with them, so copies take their place, in the base optimizer's state, too. The copies are on the host: the
+    device may have no room for them.
     """
     optimizer = engine.optimizer
     wrapper = wrapper_of(engine)
@@ -150,13 +150,13 @@ def dense_masters(engine: Engine, shards: Sequence[FlatShard]) -> Iterator[None]
         return
     is_three = wrapper is Wrapper.ZERO_3
     name = "fp32_partitioned_groups_flat" if is_three else "single_partition_of_fp32_groups"
-    alone = [_alone(s.tensor) for s in shards]
+    copies = [_with_own_storage(s.tensor) for s in shards]
     state = base_optimizer(engine).state
     # ZeRO-3 fills its param groups from the list for a state dict; at ZeRO 1 and 2 they hold the flat shards themselves.
-    pairs = zip((s.tensor for s in shards), alone, strict=True) if is_three else ()
+    pairs = zip((s.tensor for s in shards), copies, strict=True) if is_three else ()
     moved = [(tensor, copy) for tensor, copy in pairs if copy is not tensor and tensor in state]
     with Overrides() as overrides:
-        overrides.attribute(optimizer, name, alone)
+        overrides.attribute(optimizer, name, copies)
         for tensor, copy in moved:
             state[copy] = state.pop(tensor)
         try:
@@ -166,7 +166,7 @@ def dense_masters(engine: Engine, shards: Sequence[FlatShard]) -> Iterator[None]
                 state[tensor] = state.pop(copy)
 
 
-def _alone(tensor: Tensor) -> Tensor:
+def _with_own_storage(tensor: Tensor) -> Tensor:
     """`tensor`, or a copy of it on the host when its storage holds more."""
     if tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor

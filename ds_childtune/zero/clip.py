@@ -7,31 +7,26 @@ DeepSpeed takes the norm before it hands gradients to the base optimizer, so a s
     1, 2        optimizer.scaled_global_norm        over averaged_gradients; with offload, over norms taken in the backward pass
     3           optimizer._get_norm_groups          likewise
 
-Each is overridden on its instance by one that masks first. At ZeRO-3 deep nothing is
-needed: no gradient but the child's is kept.
+Each is overridden on its instance by one that masks first. Where gradients are compact nothing is needed: only the child's are kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ds_childtune.child.network import FixedChild
 from ds_childtune.child.tiles import tile_of
 from ds_childtune.shards import FlatShard
 from ds_childtune.zero.engine import Wrapper, is_offloaded, wrapper_of
 from ds_childtune.zero.overrides import Overrides
 
 
-class Child(Protocol):
-    def mask_gradient_(self, shard: FlatShard, gradient: Tensor, start: int) -> None:
-        """Zero in place what is outside the child; `gradient` is 1-D and lies at `start` of the flat shard."""
-
-
 def refuse_unsupported_clip(engine: Any) -> None:
-    """Raise NotImplementedError, with a remedy, where the child's norm has no seam."""
+    """Raise NotImplementedError, with a remedy, where the child's norm cannot be taken."""
     if wrapper_of(engine) is Wrapper.BF16:
         raise NotImplementedError(
             'ds_childtune does not support child_tuning.clip "child" with BF16_Optimizer, which takes the norm of whole'
@@ -41,10 +36,10 @@ def refuse_unsupported_clip(engine: Any) -> None:
 
 
 class NormOfChild:
-    """The override of one engine, for one child."""
+    """Mask gradients before the norm, on one engine and for one child, until `remove`."""
 
     def __init__(
-        self, engine: Any, shards: Sequence[FlatShard], parameters: Mapping[str, nn.Parameter], child: Child
+        self, engine: Any, shards: Sequence[FlatShard], parameters: Mapping[str, nn.Parameter], child: FixedChild
     ) -> None:
         self._optimizer = optimizer = engine.optimizer
         self._shards = shards

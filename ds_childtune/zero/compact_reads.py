@@ -54,7 +54,7 @@ class _Mapped:
         self._linked = linked
         self._mapped = [(flat, param._hp_mapping) for flat, param in pairs if param._hp_mapping is not None]
         for flat, mapping in self._mapped:
-            mapping.optim_fragment = {}  # what is there are views of dense moments, which would keep them alive
+            mapping.optim_fragment = {}  # it has views of dense moments, which would stay in memory
             put.method(mapping, "get_hp_fragment", self._reader(child.shards[flat], mapping))
         for _, param in pairs:
             if child.parts == "moments":

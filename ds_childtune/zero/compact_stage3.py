@@ -7,15 +7,15 @@ shard of fp32 masters. Both are only ever used as tensors of one size per sub-gr
     grad_partitions_flat_buffer, and its views by parameter     of the child's size
     fp32_partitioned_groups_flat[i]                             the child shard
     partition_grads                                             takes the child's elements of each reduced partition first
-    _prepare_fp32_grad_for_sub_group                            zeros of the child's size for what was frozen after the start
+    _prepare_fp32_grad_for_sub_group                            zeros of the child's size for parameters frozen since then
     _reassign_or_swap_out_partitioned_parameters                no copy of a dense master; the step hook has scattered the child
 
 Accumulation, overflow check, norm, unscaling, clipping and the step are DeepSpeed's own code. The gradient norm is the child's,
-since nothing else of the gradient is kept. A flat shard's `.data` is the 16-bit (or fp32) parameter shard meanwhile, so that
-what reads flat shards reads what the forward pass uses.
+since nothing else of the gradient is kept. Meanwhile a flat shard's `.data` is the 16-bit (or fp32) parameter shard, so that
+reading a flat shard gives what the forward pass uses.
 
-What this loses: an fp32 master outside the child, where earlier steps have left in it what its 16-bit weight does not hold. The weight
-itself is as it was; when the dense shards come back, its master is the weight.
+What this loses: the part of an fp32 master outside the child that its 16-bit weight does not hold, if there were steps before. The
+weight itself does not change; when the dense shards come back, its master is the weight.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Partition:
     """In the child shard."""
     last: int
     whole: bool
-    """Every element is in the child, but for padding at the end."""
+    """Every element is in the child, except padding at the end."""
     places: Tensor | None
     """The child's elements in the partition, where those are few, so that many small parameters cost the host little."""
 
@@ -86,7 +86,7 @@ class ZeroThreePlumbing:
         self._partitions: dict[int, _Partition] = {}
         """By `ds_id` of the parameter."""
         self._flats: list[Tensor] = []
-        """Flat shards, while child shards stand in DeepSpeed's list."""
+        """Flat shards, while child shards are in DeepSpeed's list."""
         self._overrides = Overrides()
 
     def install(self, shards: Sequence[ChildShard]) -> None:

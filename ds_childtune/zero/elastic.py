@@ -1,6 +1,7 @@
 """Load DeepSpeed's files of one layout into an engine of another.
 
-The old run's elements are written over this run's, piece by piece, from files that are mapped, not read: see [Note: elastic resume].
+The checkpoint's values are written over the engine's, a few elements at a time, from files that are mapped, not read: see
+[Note: elastic resume].
 """
 
 from __future__ import annotations
@@ -19,66 +20,18 @@ from ds_childtune.zero.checkpoint_read import PLACES, SavedRun
 from ds_childtune.zero.engine import Engine, Wrapper, base_optimizer, wrapper_of
 from ds_childtune.zero.flat_shards import Parameters
 from ds_childtune.zero.layout import Layout, SavedShard
-from ds_childtune.zero.layout_check import different
+from ds_childtune.zero.weights import update_forward_weights
 
 _SCALER = ("loss_scaler", "dynamic_loss_scale", "overflow")
 """Entries of a ZeRO optimizer's state dict that say how losses are scaled."""
 
-_LOOK = 1024
-"""Elements."""
-
-_NOT_THE_CLIENT_S = frozenset(
+_NOT_CLIENT_STATE = frozenset(
     [
         *("module", "optimizer", "lr_scheduler", "global_steps", "skipped_steps"),
         *("dp_world_size", "mp_world_size", "data_sampler", "random_ltd"),
     ]
 )
 """Keys of *_model_states.pt that `load_checkpoint` keeps out of the client state that it returns."""
-
-
-def check_elsewhere(engine: Engine, run: SavedRun, layout: Layout, shards: Sequence[FlatShard]) -> None:
-    """Raise ValueError when a checkpoint lacks what `load_elsewhere` will look for. Changes nothing, and has no collectives."""
-    for shard in shards:
-        for fragment in shard.fragments:
-            for piece in layout.find(fragment):
-                run.weights(piece.source)
-    run.model_states()
-    saved, here = len(run.base_state(0)["param_groups"]), len(base_optimizer(engine).param_groups)
-    if saved != here:
-        raise ValueError(
-            f"load_checkpoint: expected {saved} param groups, as in the checkpoint {run.folder}, got {here}."
-            " Remedy: give the optimizer the same groups."
-        )
-
-
-def check_values(run: SavedRun, layout: Layout, shards: Sequence[FlatShard]) -> None:
-    """Raise ValueError where a checkpoint's layout is not that of its values, by a look at both ends of each piece.
-
-    At ZeRO 1 and 2 the weights of the forward pass lie beside their masters. See [Note: a layout is believed once its values have been
-    seen]; before that was so, layouts with `round_robin_gradients` were wrong.
-    """
-    if run.wrapper not in (Wrapper.ZERO_1_2, Wrapper.BF16):
-        return
-    module, wrong = run.model_states()["module"], set()
-    for shard in shards:
-        for fragment in shard.fragments:
-            if fragment.name in module and fragment.name in layout:
-                weights = module[fragment.name].view(-1)[fragment.param_start :]
-                for piece in layout.find(replace(fragment, shard_start=0)):
-                    masters = run.weights(piece.source)[piece.source_start : piece.source_start + piece.numel]
-                    beside = weights[piece.target_start : piece.target_start + piece.numel]
-                    ends = (slice(_LOOK), slice(max(0, piece.numel - _LOOK), piece.numel))
-                    if masters.numel() != beside.numel() or any(
-                        bool(different(masters[end], beside[end], exact=True).any()) for end in ends
-                    ):
-                        wrong.add(fragment.name)
-    if wrong:
-        raise ValueError(
-            f"load_checkpoint: {run.folder}: expected masters that round to the weights beside them, got others in {len(wrong)}"
-            f" parameters ({', '.join(sorted(wrong)[:3])}): with zero_optimization.round_robin_gradients, earlier versions of"
-            " ds_childtune took flat shards for another order, and trained other elements than the child's. Remedy: call"
-            " engine.load_checkpoint before attach, at the stage, world size and round_robin_gradients that it was written with."
-        )
 
 
 def load_elsewhere(
@@ -105,7 +58,7 @@ def load_elsewhere(
             _load_buffers_and_frozen(engine, run, layout, parameters)
             _load_optimizer(engine, run, layout, shards, mine)
             _load_progress(engine, run, load_lr_scheduler_states)
-        _update_forward_weights(engine)
+        update_forward_weights(engine)
     return _client_state(run)
 
 
@@ -119,7 +72,7 @@ def load_weights(
     progress: bool,
     load_lr_scheduler_states: bool,
 ) -> dict[str, Any]:
-    """The weights of a checkpoint, of any world size and ZeRO stage, and nothing of its optimizer's state.
+    """Load only the weights of a checkpoint, of any world size and ZeRO stage.
 
     DeepSpeed's own `load_module_only` does nothing at ZeRO-3, and fails where a frozen parameter has trained before. Here what was
     frozen may train now, and the other way round. What the checkpoint lacks stays as it is.
@@ -140,7 +93,7 @@ def load_weights(
                         fragment.of(shard.flat()).copy_(values)
             if progress:
                 _load_progress(engine, run, load_lr_scheduler_states)
-        _update_forward_weights(engine)
+        update_forward_weights(engine)
     return _client_state(run)
 
 
@@ -164,7 +117,7 @@ def _halfway(run: SavedRun) -> Iterator[None]:
     except Exception as caught:
         error = RuntimeError(
             f"load_checkpoint: {run.folder}: expected to read all of it, got {type(caught).__name__}: {str(caught)[:300]}"
-            " Weights and optimizer are half loaded now. Remedy: load this or another checkpoint before training goes on."
+            " Weights and optimizer are half loaded now. Remedy: load this or another checkpoint before you train on."
         )
         error.__cause__ = caught
     raise_together(error)
@@ -175,9 +128,9 @@ def _weights_of(run: SavedRun, layout: Layout, fragment: Fragment, shape: torch.
     if fragment.name not in layout:
         return run.frozen(fragment.name, shape, fragment.param_start, fragment.numel)
     values = torch.empty(fragment.numel, dtype=torch.float32)
-    for piece in layout.find(replace(fragment, shard_start=0)):
-        old = run.weights(piece.source)[piece.source_start : piece.source_start + piece.numel]
-        values[piece.target_start : piece.target_start + piece.numel].copy_(old)
+    for transfer in layout.find(replace(fragment, shard_start=0)):
+        old = run.weights(transfer.source)[transfer.source_start : transfer.source_start + transfer.numel]
+        values[transfer.target_start : transfer.target_start + transfer.numel].copy_(old)
     return values
 
 
@@ -257,36 +210,18 @@ def _load_progress(engine: Engine, run: SavedRun, load_lr_scheduler_states: bool
 
 
 def _client_state(run: SavedRun) -> dict[str, Any]:
-    return {key: value for key, value in run.model_states().items() if key not in _NOT_THE_CLIENT_S}
-
-
-def _update_forward_weights(engine: Engine) -> None:
-    """16-bit weights from their masters; without a wrapper the base optimizer steps the weights themselves. A collective."""
-    optimizer, wrapper = engine.optimizer, wrapper_of(engine)
-    if wrapper is Wrapper.ZERO_3:
-        for sub_group, lp in enumerate(optimizer.fp16_partitioned_groups_flat):
-            if lp is None or lp.data_ptr() != optimizer.fp32_partitioned_groups_flat[sub_group].data_ptr():
-                optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
-    elif wrapper.is_zero:
-        optimizer.update_lp_params()
-    elif wrapper is Wrapper.FP16_FUSED:
-        for lp, hp in zip(optimizer.fp16_groups_flat, optimizer.fp32_groups_flat, strict=True):
-            lp.data.copy_(hp)
-    elif wrapper is Wrapper.FP16_UNFUSED:
-        for lps, hps in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for lp, hp in zip(lps, hps, strict=True):
-                lp.data.copy_(hp)
+    return {key: value for key, value in run.model_states().items() if key not in _NOT_CLIENT_STATE}
 
 
 def _fill(flat: Tensor, shard: FlatShard, layout: Layout, values_of: Callable[[SavedShard], Tensor | None]) -> None:
     """Put old values where they belong, zero into padding and where there was none; `flat` is laid out like the shard."""
     flat.zero_()
     for fragment in shard.fragments:
-        for piece in layout.find(fragment):
-            values = values_of(piece.source)
+        for transfer in layout.find(fragment):
+            values = values_of(transfer.source)
             if values is not None:
-                part = values[piece.source_start : piece.source_start + piece.numel]
-                flat[piece.target_start : piece.target_start + piece.numel].copy_(part)
+                part = values[transfer.source_start : transfer.source_start + transfer.numel]
+                flat[transfer.target_start : transfer.target_start + transfer.numel].copy_(part)
 
 
 def _state(shard: FlatShard, layout: Layout, run: SavedRun, present: dict[str, Any]) -> dict[str, Any]:
@@ -295,11 +230,11 @@ def _state(shard: FlatShard, layout: Layout, run: SavedRun, present: dict[str, A
     Args:
         present: its state so far, whose moments are written over.
     """
-    sources = {piece.source.key: piece.source for f in shard.fragments for piece in layout.find(f)}
+    sources = {transfer.source.key: transfer.source for f in shard.fragments for transfer in layout.find(f)}
     known = [(source, run.state(source)) for source in sources.values()]
     source, first = next(((s, state) for s, state in known if state), (None, {}))
     if source is None:
-        # A shard of padding alone is stepped like its neighbours.
+        # A shard of nothing but padding is stepped like its neighbours.
         return {}
 
     state: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What an engine is, and what it is at: its optimizers, dtypes and counters.
+"""What an engine is made of, and what it is doing: its optimizers, dtypes and counters.
 
 The files of this folder are the only ones that read DeepSpeed's attributes. `tests/test_seams.py` pins each attribute, so that an
 upgrade of DeepSpeed fails there first.
@@ -66,8 +66,8 @@ def child_tuning_block(engine: Engine) -> object:
 def base_optimizer(engine: Engine) -> torch.optim.Optimizer:
     """The optimizer that steps flat shards.
 
-    Not always `engine.basic_optimizer`: ZeRO builds a second Adagrad, whose state exists from its construction on. Nor what that one
-    may wrap: only DeepSpeed's own wrapper is looked into.
+    Not always `engine.basic_optimizer`: ZeRO builds a second Adagrad, whose state exists from its construction on. And not what the
+    base optimizer itself may wrap: only DeepSpeed's own wrapper is opened.
     """
     base: torch.optim.Optimizer = engine.basic_optimizer
     if engine.optimizer is not base:
@@ -119,7 +119,7 @@ def inside_accumulation(engine: Engine) -> bool:
     """True between the first micro-batch of an accumulation and its step."""
     if not engine.managed_gradient_accumulation():
         return bool(engine._unmanaged_backward_count)
-    # accelerate and Trainer set the boundary of every micro-batch themselves and call `step` at the last one alone, so that
+    # accelerate and Trainer set the boundary of every micro-batch themselves and call `step` only at the last one, so
     # `micro_steps` counts something else.
     boundary = engine._is_gradient_accumulation_boundary
     if boundary is not None:

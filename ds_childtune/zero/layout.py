@@ -1,9 +1,9 @@
 """Where every element lay when a checkpoint was written, so that a run with other ranks or another ZeRO stage finds it.
 
 [Note: elastic resume]
-DeepSpeed's files hold flat shards in the layout of the run that wrote them. A *layout* says what lies in them: for every rank its
+DeepSpeed's files hold flat shards in the layout of the run that wrote them. A *layout* says what is in them: for every rank its
 flat shards, and for each of those its fragments (see [Note: flat shards]). A run with another layout asks, fragment by fragment, which
-old shards hold the elements (`find`), and copies those pieces alone, over its own masters and moments: what its device holds does not
+old shards hold the elements (`find`), and copies only those, over its own masters and moments: what its device holds does not
 grow. Nothing is converted, and no rank sees a whole model.
 """
 
@@ -41,7 +41,7 @@ class SavedShard:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Transfer:
     """A run of elements: where they lie in an old flat shard, and where they belong in a new one."""
 
     source: SavedShard
@@ -66,8 +66,8 @@ class Layout:
         """Whether a parameter has elements in a flat shard."""
         return name in self._runs
 
-    def find(self, fragment: Fragment) -> Iterator[Piece]:
-        """The pieces that make up `fragment`, in order; replicas give each element once.
+    def find(self, fragment: Fragment) -> Iterator[Transfer]:
+        """What makes up `fragment`, in order; replicas give each element once.
 
         Raises:
             ValueError: when the checkpoint lacks some of its elements.
@@ -84,7 +84,7 @@ class Layout:
                     f" {position}. Remedy: load into the model that wrote the checkpoint, or use another checkpoint."
                 )
             numel = min(end, old.param_start + old.numel) - position
-            yield Piece(
+            yield Transfer(
                 source=shard,
                 source_start=old.shard_start + position - old.param_start,
                 target_start=fragment.shard_start + position - fragment.param_start,

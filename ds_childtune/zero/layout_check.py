@@ -1,14 +1,13 @@
 """Whether flat shards hold the weights that they are said to hold.
 
 [Note: a layout is believed once its values have been seen]
-Where a parameter lies in a flat shard is what DeepSpeed says, and what it says may not be what it has: then other elements than the
-child's are masked, without an error. So `attach` compares each fragment's masters, rounded to the model's dtype, with the weights
-that the forward pass uses.
+DeepSpeed says where a parameter is in a flat shard. If that is wrong, other elements than the child's are masked, without an error. So
+`attach` compares each fragment's masters, rounded to the model's dtype, with the weights that the forward pass uses.
 
 A fragment of at most 2**17 elements is looked at whole, a longer one at 2**16 or more elements, evenly spaced. A fragment is one
 run: if it lies elsewhere than it says, by one element or by a whole parameter, nearly every element of it is compared with
-another one, so that far fewer would do; evenly spaced, they also find a wrong part of a 2**16th of a fragment. What values cannot
-tell apart are parameters that are equal to one constant throughout, such as two new norms.
+another one, so that far fewer would do; evenly spaced, they also find a wrong part of a 2**16th of a fragment. Parameters whose
+elements all have one value, such as two new norms, cannot be distinguished.
 
 Nothing of the size of a shard is made, and the host waits for the device once.
 """

@@ -1,10 +1,10 @@
 """`lean_start`: an engine that holds no masters and no gradient buffer before a child is chosen.
 
 [Note: lean start]
-What `deepspeed.initialize` allocates at ZeRO-3 for every element - an fp32 master, which is a copy of the parameter as long as nothing
-has been trained, and a gradient - a deep child lets go of again, and a calibration pass does without (see [Note: before DeepSpeed
-reduces]). So until then the flat shards are views of the parameter shards, and the gradient buffer is empty. `select` makes
-both, of the child's size; `detach` makes them as DeepSpeed would have.
+At ZeRO-3 `deepspeed.initialize` allocates an fp32 master and a gradient for every element. The master is a copy of the parameter as
+long as nothing has been trained, a calibration pass needs neither (see [Note: before DeepSpeed reduces]), and a child with compact
+masters and gradients frees both. So until `select` the flat shards are views of the parameter shards, and the gradient buffer is
+empty. `select` makes both, of the child's size; `detach` makes them as DeepSpeed would have.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ def lean_start() -> Iterator[None]:
         child = ds_childtune.attach(engine)
         child.select(calibration_batches)
 
-    For `"optimizer_state": "compact"` at depth deep. With a model built under `deepspeed.zero.Init` and scores in two bytes
-    (`"fisher": {"score_dtype": "e8m8"}`) no phase then needs more than a few bytes for each parameter of a shard. Training is the
-    same, bit for bit. Until `select`, the engine evaluates but does not train. A checkpoint of plain DeepSpeed whose optimizer states
-    are loaded before `select` brings dense masters, moments and gradient buffers, as it has them.
+    For `"optimizer_state": "compact"` where masters and gradients are compact; `can_start_lean` says whether they are. With a model
+    built under `deepspeed.zero.Init` and scores in two bytes (`"fisher": {"score_dtype": "e8m8"}`) no phase then needs more than a
+    few bytes for each parameter of a shard. Training is the same, bit for bit. Until `select`, the engine evaluates but does not
+    train. If optimizer states of a plain DeepSpeed checkpoint are loaded before `select`, the engine gets dense masters, moments and
+    gradient buffers, like that checkpoint's.
 
     Raises:
         NotImplementedError: inside `deepspeed.initialize`, with offload, or in fp16.
@@ -132,7 +133,7 @@ def _create_views(optimizer: Optimizer, create: Callable[[Optimizer], None]) -> 
         create(optimizer)
     finally:
         optimizer.master_weights_and_grads_dtype, optimizer.device = dtype, where
-    # Tensors of their own, as each of the two may be pointed somewhere else.
+    # Separate tensors: each of the two may be pointed somewhere else.
     flats = optimizer.fp32_partitioned_groups_flat
     for i, lp in enumerate(optimizer.fp16_partitioned_groups_flat):
         view: Any = lp.detach()

@@ -24,7 +24,7 @@ def share_masters(engine: Any) -> None:
 
 
 def separate_masters(engine: Any) -> None:
-    """Give every flat shard a copy of its own again, and an engine of `lean_start` what it has left out."""
+    """Make every flat shard a separate copy again, and give an engine of `lean_start` what it has left out."""
     restore_dense(engine.optimizer)
     for flat, lp, mappings in _copies(engine):
         if flat.data_ptr() == lp.data_ptr():
@@ -33,7 +33,7 @@ def separate_masters(engine: Any) -> None:
 
 
 def _copies(engine: Any) -> list[tuple[Tensor, Tensor, list[Any]]]:
-    """Flat shard, parameter shard, and the `_hp_mapping`s of the former, which ZeRO-3 has not."""
+    """Flat shard, parameter shard, and the `_hp_mapping`s of the former, which there are none of at ZeRO-3."""
     optimizer = engine.optimizer
     wrapper = wrapper_of(engine)
     if wrapper is Wrapper.ZERO_3 and not (is_offloaded(engine) or optimizer.offload_param):

@@ -36,7 +36,7 @@ Receive = Callable[[str, int, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Piece:
+class Split:
     """How one parameter is split."""
 
     numel: int
@@ -57,7 +57,7 @@ class Reduction:
 
     def __init__(
         self,
-        pieces: Mapping[str, Piece],
+        splits: Mapping[str, Split],
         partitions: int,
         receive: Receive,
         *,
@@ -67,16 +67,16 @@ class Reduction:
     ) -> None:
         """
         Args:
-            pieces: of every eligible parameter, in one order on all ranks.
+            splits: of every eligible parameter, in one order on all ranks.
             partitions: 1, or the number of ranks where each of them holds one partition of every parameter.
             squares: reduce squares of gradients, clipped to the norm `clip` first, instead of gradients.
             most: elements of the bucket, about.
         """
-        self._pieces = pieces
+        self._splits = splits
         self._receive = receive
         self._squares = squares
         self._clip = clip
-        self._columns = sum(piece.columns for piece in pieces.values())
+        self._columns = sum(split.columns for split in splits.values())
         width = max(1, min(most // partitions, self._columns))
         self._bucket = torch.zeros(partitions, width, device=device())
         self._mine = torch.zeros(width, device=device()) if partitions > 1 else self._bucket[0]
@@ -132,7 +132,7 @@ class Reduction:
     @torch.no_grad()
     def finish(self) -> None:
         """Reduce what is left, and zeros for the parameters that were not added."""
-        for name in self._pieces:
+        for name in self._splits:
             if name not in self._seen:
                 self._put(name, None, None)
         self._flush()
@@ -156,7 +156,7 @@ class Reduction:
     def _put(self, name: str, flat: Tensor | None, factor: Tensor | None) -> None:
         """Fill columns, as many as fit at a time."""
         self._follow_stream()
-        first, columns = 0, self._pieces[name].columns
+        first, columns = 0, self._splits[name].columns
         while first < columns:
             count = min(columns - first, self._bucket.shape[1] - self._filled)
             out = self._bucket[:, self._filled : self._filled + count]
@@ -197,9 +197,9 @@ class Reduction:
         self.not_finite |= ~mine.sum().isfinite()
         partition = dist.get_rank() if len(bucket) > 1 else 0
         for name, first, place, count in entries:
-            piece = self._pieces[name]
-            start = partition * piece.columns + first
-            count = min(count, piece.numel - start)
+            split = self._splits[name]
+            start = partition * split.columns + first
+            count = min(count, split.numel - start)
             if count > 0:
                 self._receive(name, start, mine[place : place + count])
 

@@ -2,9 +2,11 @@
 
 [Note: a block without a child]
 The block is read by `attach`. Without that call DeepSpeed ignores it, as it ignores every key that it does not know, and all
-elements would train, without a word. So the one thing that importing ds_childtune does is to put a look at the engine before
-`DeepSpeedEngine._take_model_step`, which every step of every kind of engine comes through. An engine passes that has no block, has a
-child, had one and was detached, or has no optimizer, as the reference models of preference tuning.
+elements would train, without a word. So importing ds_childtune does one thing: it makes `DeepSpeedEngine._take_model_step`, which
+every step of every kind of engine calls, check the engine first. The step is taken if the engine has no block, has a child, had one
+and was detached, or has no optimizer, like the reference models of preference tuning.
+
+This is not an `Overrides`: it is never taken back.
 """
 
 from __future__ import annotations

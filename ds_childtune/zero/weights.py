@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_childtune.zero.engine import Engine, Wrapper, wrapper_of
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -86,3 +88,21 @@ def _partition_rank(param: Any) -> int:
     from deepspeed import comm as dist
 
     return int(dist.get_rank(group=param.ds_process_group))
+
+
+def update_forward_weights(engine: Engine) -> None:
+    """16-bit weights from their masters; without a wrapper the base optimizer steps the weights themselves. A collective."""
+    optimizer, wrapper = engine.optimizer, wrapper_of(engine)
+    if wrapper is Wrapper.ZERO_3:
+        for sub_group, lp in enumerate(optimizer.fp16_partitioned_groups_flat):
+            if lp is None or lp.data_ptr() != optimizer.fp32_partitioned_groups_flat[sub_group].data_ptr():
+                optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+    elif wrapper.is_zero:
+        optimizer.update_lp_params()
+    elif wrapper is Wrapper.FP16_FUSED:
+        for lp, hp in zip(optimizer.fp16_groups_flat, optimizer.fp32_groups_flat, strict=True):
+            lp.data.copy_(hp)
+    elif wrapper is Wrapper.FP16_UNFUSED:
+        for lps, hps in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for lp, hp in zip(lps, hps, strict=True):
+                lp.data.copy_(hp)

@@ -37,10 +37,10 @@ from ds_childtune.checkpoint import rank_file
 from ds_childtune.checkpoint.child import check_model, parameter_entries, pieces, read_compact, read_masks
 from ds_childtune.checkpoint.run_record import DeepSpeedFile, Progress, RunRecord
 from ds_childtune.child.compact import CompactChild
-from ds_childtune.child_files.format import FileEntry, Manifest, Piece, sealed
+from ds_childtune.child_files.format import FileEntry, Manifest, Piece, seal
 from ds_childtune.child_files.holders import Held, Holders, Run, ranks_with
-from ds_childtune.child_files.reader import Child, open_child, read_manifest
-from ds_childtune.child_files.writer import commit, write_pieces
+from ds_childtune.child_files.reader import SavedChild, open_child, read_manifest
+from ds_childtune.child_files.writer import write_manifest, write_pieces
 from ds_childtune.random_states import read_random_states
 from ds_childtune.shards import FlatShard, Fragment
 from ds_childtune.zero.layout import Layout, SavedShard
@@ -134,7 +134,7 @@ def manifest_of(
     shapes = {name: torch.Size([SHARE * world_size]) for name in names}
     entries = parameter_entries(shapes, names, torch.float32)
     manifest = Manifest(__version__, child_checkpoint.KIND, {}, entries, tuple(files), asdict(record))
-    return sealed(manifest.with_holders(Holders.of([Held(0, SHARE, SHARE)] * len(names))))
+    return seal(manifest.with_holders(Holders.of([Held(0, SHARE, SHARE)] * len(names))))
 
 
 def write_export(folder: Path, names: Sequence[str], world_size: int) -> None:
@@ -146,7 +146,7 @@ def write_export(folder: Path, names: Sequence[str], world_size: int) -> None:
         files.append(write_pieces(folder, rank, own))
     entries = parameter_entries({n: torch.Size([SHARE * world_size]) for n in names}, names, torch.float32)
     manifest = Manifest(__version__, "export", {}, entries, tuple(f for f in files if f), {})
-    commit(folder, sealed(manifest.with_holders(Holders.of([Held(0, SHARE, SHARE)] * len(names)))))
+    write_manifest(folder, seal(manifest.with_holders(Holders.of([Held(0, SHARE, SHARE)] * len(names)))))
 
 
 # ---------------------------------------------------------------- what is measured
@@ -162,7 +162,9 @@ def save_manifest(folder: Path, names: Sequence[str], world_size: int) -> str:
     return f"{len(data) / 2**20:.1f} MiB of json"
 
 
-def opened_child(folder: Path, rank: int, ranks: int, names: Sequence[str], world_size: int) -> tuple[Child, RunRecord]:
+def opened_child(
+    folder: Path, rank: int, ranks: int, names: Sequence[str], world_size: int
+) -> tuple[SavedChild, RunRecord]:
     """As `CheckpointLoader` does it on one rank of `ranks`, for a checkpoint of `world_size`."""
     own = folder / "child"
     child = open_child(own, kind=child_checkpoint.KIND, checksums=False, manifest=read_manifest(own))
@@ -196,7 +198,7 @@ def load_elastic(folder: Path, names: Sequence[str], world_size: int) -> str:
     return f"of {len(ranks)} ranks"
 
 
-def _load(child: Child, mine: Rank) -> None:
+def _load(child: SavedChild, mine: Rank) -> None:
     shard = mine.shard()
     compact = CompactChild.of([shard], read_masks(child, [shard]), torch.optim.AdamW([shard.tensor]))
     read_compact(child, compact)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ds_childtune.child_files.format import ChildFileError, Manifest, parsed, sealed
+from ds_childtune.child_files.format import ChildFileError, Manifest, parse, seal
 
 Files = dict[str, bytes]
 """A folder's files, by path."""
@@ -274,7 +274,7 @@ def _sealed(manifest: Any) -> bytes:
     """With the manifest's own checksum right again, where it still is one."""
     data = json.dumps(manifest).encode()
     try:
-        return sealed(parsed(Manifest, data, "")).json()
+        return seal(parse(Manifest, data, "")).json()
     except (ChildFileError, ValueError):
         return data
 

@@ -25,7 +25,7 @@ def triton_and_eager(dtype: torch.dtype, device: torch.device) -> tuple[torch.Te
     got = torch.randn(at + 4, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     expected = got.clone()
     keys = step_keys(base_keys(fragments, 3, device=device), 7)
-    mask_triton.ShardKernel(fragments, device, MULTIPLIERS)(got, keys, KEPT, 1 / 0.4)
+    mask_triton.TritonKernel(fragments, device, MULTIPLIERS)(got, keys, KEPT, 1 / 0.4)
     for fragment, key in zip(fragments, keys, strict=True):
         mask_kernel(device.type, dtype, allow_compile=False)(fragment.of(expected), key, KEPT, 1 / 0.4)
     return got, expected
