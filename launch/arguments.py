@@ -41,12 +41,17 @@ class Arguments:
     ] = None
     reserve_p: Annotated[float | None, _help("Share of the elements that is trained.")] = None
     selector: Annotated[
-        Literal["fisher", "random", "lowest_fisher", "magnitude"] | None, _help("What ChildTuning-D's child maximises.")
+        Literal["fisher", "random", "lowest_fisher", "magnitude", "contrast"] | None,
+        _help("What ChildTuning-D's child maximises."),
     ] = None
+    against_file: Annotated[Path | None, _help("Selector contrast: general data, with the task's columns.")] = None
     fisher_max_batches: Annotated[int | None, _help("Calibration batches, over all ranks.")] = None
     calibration_batch_size: Annotated[int | None, _help("Examples in a calibration batch [the training batch's].")] = (
         None
     )
+
+    peft: Annotated[Literal["lora", "dora"] | None, _help("With plain: train peft's adapters, not the weights.")] = None
+    lora_rank: Annotated[int, _help("Rank of the adapters; alpha is twice as much.")] = 16
 
     seed: Annotated[int, _help("Of the data's order, a fresh head, dropout and the child.")] = 0
     epochs: Annotated[float, _help("Passes over the training set.")] = 3.0
@@ -60,6 +65,12 @@ class Arguments:
         bool, _help("Put examples of about the same length into a batch: less padding, another order.")
     ] = False
     eval_batch_size: Annotated[int, _help("Examples per rank and forward pass.")] = 32
+    eval_every: Annotated[int | None, _help("Evaluate every so many steps, too; the result has the curve.")] = None
+    eval_first: Annotated[bool, _help("Begin the curve with an evaluation before training.")] = False
+    kl: Annotated[str | None, _help("causal-lm: NAME of --also-eval on which KL to the untrained model is told.")] = (
+        None
+    )
+    attention: Annotated[Literal["eager", "sdpa"] | None, _help("Of the model; eager is faster on some CPUs.")] = None
     precision: Annotated[
         Literal["auto", "bf16", "fp32"], _help("auto: the DeepSpeed config's on a GPU, fp32 on a CPU.")
     ] = "auto"
@@ -87,9 +98,26 @@ class Arguments:
             ("max_steps", self.max_steps),
             ("train_limit", self.train_limit),
             ("save_every", self.save_every),
+            ("eval_every", self.eval_every),
+            ("lora_rank", self.lora_rank),
         ):
             if positive is not None and positive <= 0:
                 raise ValueError(f"--{name.replace('_', '-')}: expected more than 0, got {positive}.")
+        if (self.selector == "contrast") != (self.against_file is not None):
+            raise ValueError(
+                f"expected --selector contrast and --against-file together, got {self.selector} and {self.against_file}."
+                " Remedy: name both."
+            )
+        if self.peft is not None and self.method != "plain":
+            raise ValueError(
+                f"--peft {self.peft}: expected --method plain, as adapters are not masked here, got {self.method}."
+                " Remedy: add --method plain."
+            )
+        others = [other.partition("=")[0] for other in self.also_eval or ()]
+        if self.kl is not None and (self.task != "causal-lm" or self.kl not in others):
+            raise ValueError(
+                f"--kl: expected --task causal-lm and a name among --also-eval's {others}, got {self.task} and {self.kl!r}."
+            )
         if self.compare and self.method == "plain":
             raise ValueError("--compare: expected a child to compare with, got --method plain. Remedy: leave one out.")
 

@@ -11,7 +11,11 @@ import torch
 from datasets import Dataset
 from deepspeed import comm as dist
 from text_data import Batch, Collate, to_device
+from torch import Tensor
 from tqdm import tqdm
+
+Logits = dict[int, Tensor]
+"""By row number: [labels, vocabulary], in the model's dtype."""
 
 
 @torch.no_grad()
@@ -35,10 +39,16 @@ def forwards(engine: Any, rows: Dataset, collate: Collate, batch_size: int) -> I
             yield numbers, batch, output
 
 
-def evaluate(engine: Any, task: str, rows: Dataset, collate: Collate, batch_size: int) -> dict[str, float]:
-    """The task's metrics over every row of all ranks, the same on every rank."""
+def evaluate(
+    engine: Any, task: str, rows: Dataset, collate: Collate, batch_size: int, base: Logits | None = None
+) -> dict[str, float]:
+    """The task's metrics over every row of all ranks, the same on every rank.
+
+    Args:
+        base: `label_logits` of another model, for a language model's KL divergence to it.
+    """
     if task == "causal-lm":
-        return perplexity(engine, rows, collate, batch_size)
+        return perplexity(engine, rows, collate, batch_size, base)
     mine = [(n, out.logits.float().cpu().numpy()) for n, _, out in forwards(engine, rows, collate, batch_size)]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
@@ -71,12 +81,40 @@ def correlations(labels: np.ndarray[Any, Any], predicted: np.ndarray[Any, Any]) 
     }
 
 
-def perplexity(engine: Any, rows: Dataset, collate: Collate, batch_size: int) -> dict[str, float]:
-    total = torch.zeros(2, dtype=torch.float64)  # nats, predicted tokens
-    for _, batch, output in forwards(engine, rows, collate, batch_size):
+def perplexity(
+    engine: Any, rows: Dataset, collate: Collate, batch_size: int, base: Logits | None = None
+) -> dict[str, float]:
+    total = torch.zeros(3, dtype=torch.float64)  # nats, predicted tokens, nats of KL
+    for numbers, batch, output in forwards(engine, rows, collate, batch_size):
         tokens = int((batch["labels"][:, 1:] != -100).sum())
-        total += torch.tensor([output.loss.item() * tokens, tokens], dtype=torch.float64)
+        kl = 0.0 if base is None else divergence(torch.cat([base[n] for n in numbers]), at_labels(batch, output))
+        total += torch.tensor([output.loss.item() * tokens, tokens, kl], dtype=torch.float64)
     total = total.to(engine.device)
     dist.all_reduce(total)
     loss = float(total[0] / total[1])
-    return {"perplexity": float(np.exp(loss)), "loss": loss}
+    scores = {"perplexity": float(np.exp(loss)), "loss": loss}
+    return scores if base is None else scores | {"kl": float(total[2] / total[1])}
+
+
+def label_logits(engine: Any, rows: Dataset, collate: Collate, batch_size: int) -> Logits:
+    """This rank's rows' logits at the tokens that are labels."""
+    of: Logits = {}
+    for numbers, batch, output in forwards(engine, rows, collate, batch_size):
+        counts = (batch["labels"][:, 1:] != -100).sum(1).tolist()
+        of |= zip(numbers, at_labels(batch, output).split(counts), strict=True)
+    return of
+
+
+def at_labels(batch: Batch, output: Any) -> Tensor:
+    """[labels, vocabulary]: the logits that predict a label, row after row."""
+    logits: Tensor = output.logits[:, :-1][batch["labels"][:, 1:] != -100]
+    return logits
+
+
+def divergence(base: Tensor, logits: Tensor) -> float:
+    """KL(base || logits) in nats, summed over the rows of [labels, vocabulary]."""
+    kl = 0.0
+    for one, other in zip(base.split(256), logits.split(256), strict=True):  # in fp32 a vocabulary is large
+        was, now = one.float().log_softmax(-1), other.float().log_softmax(-1)
+        kl += float((was.exp() * (was - now)).sum())
+    return kl

@@ -14,9 +14,9 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ from arguments import Arguments, command
 from datasets import Dataset
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from evaluation import evaluate
+from evaluation import Logits, evaluate, label_logits
 from processes import first_local_rank_first, processes, together
 from rich.console import Console
 from rich.table import Table
-from text_data import Collate, calibration_batches, collator, load_data, package, to_device, training_batches
+from text_data import Collate, Data, calibration_batches, collator, load_data, package, to_device, training_batches
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -77,7 +77,7 @@ def child_block(args: Arguments, block: dict[str, Any] | None) -> dict[str, Any]
     if method == "plain":
         return None
     if method == "ChildTuning-F":  # which refuses ChildTuning-D's keys
-        block = {k: v for k, v in block.items() if k not in ("selector", "compat", "fisher")}
+        block = {k: v for k, v in block.items() if k not in ("selector", "compat", "clip", "fisher", "optimizer_state")}
     flags = {"mode": method, "reserve_p": args.reserve_p, "seed": args.seed, "selector": args.selector}
     if args.fisher_max_batches is not None:
         flags["fisher"] = {**block.get("fisher", {}), "max_batches": args.fisher_max_batches}
@@ -107,6 +107,8 @@ def load_model(args: Arguments, config: dict[str, Any], labels: Sequence[str], p
     # from_pretrained looks for this object, and loads into zero.Init's shards while it is alive.
     zero3 = HfDeepSpeedConfig(config) if config["zero_optimization"]["stage"] == 3 else None
     options: dict[str, Any] = {"dtype": torch.bfloat16 if config["bf16"]["enabled"] else torch.float32}
+    if args.attention is not None:
+        options["attn_implementation"] = args.attention
     if args.task == "causal-lm":
         cls = AutoModelForCausalLM
     else:
@@ -120,7 +122,26 @@ def load_model(args: Arguments, config: dict[str, Any], labels: Sequence[str], p
     model, info = cls.from_pretrained(path, output_loading_info=True, **options)
     del zero3
     draw_head(model, info["missing_keys"], args.seed)
-    return model  # type: ignore[no-any-return]
+    return model if args.peft is None else adapted(model, args)  # type: ignore[no-any-return]
+
+
+def adapted(model: Any, args: Arguments) -> nn.Module:
+    """The model with peft's adapters on all linear layers of its blocks; they train in place of the weights."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--peft {args.peft}: expected the package peft, got {error}. Remedy: pip install peft."
+        ) from None
+    kind = {"causal-lm": "CAUSAL_LM"}.get(args.task, "SEQ_CLS")
+    settings = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=2 * args.lora_rank,
+        target_modules="all-linear",
+        use_dora=args.peft == "dora",
+        task_type=kind,
+    )
+    return get_peft_model(model, settings)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -166,8 +187,14 @@ def start_engine(args: Arguments, config: dict[str, Any], model: nn.Module, step
 # ---------------------------------------------------------------- training
 
 
-def train(engine: Any, rows: Dataset, collate: Collate, steps: int, args: Arguments) -> float:
-    """Up to `steps` optimizer steps; this rank takes its slice of every micro-batch. Returns the last loss."""
+def train(
+    engine: Any, rows: Dataset, collate: Collate, steps: int, args: Arguments, look: Callable[[int], None]
+) -> float:
+    """Up to `steps` optimizer steps; this rank takes its slice of every micro-batch. Returns the last loss.
+
+    Args:
+        look: called with the number of steps after every `--eval-every` of them, except the last; it may evaluate.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     size = engine.train_micro_batch_size_per_gpu()
     micro_batches = training_batches(rows, size * world_size, args.seed, group_by_length=args.group_by_length)
@@ -190,6 +217,9 @@ def train(engine: Any, rows: Dataset, collate: Collate, steps: int, args: Argume
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             if args.checkpoints is not None and (step + 1) % args.save_every == 0:
                 engine.save_checkpoint(str(args.checkpoints))
+            if args.eval_every is not None and (step + 1) % args.eval_every == 0 and step + 1 < steps:
+                look(step + 1)
+                engine.train()
     return loss.item()
 
 
@@ -218,24 +248,26 @@ def run(args: Arguments) -> dict[str, Any]:
         if child.config.mode == "ChildTuning-D" and resumed is None:
             size = args.calibration_batch_size or engine.train_micro_batch_size_per_gpu()
             batches = calibration_batches(data.train, collate, size, group_by_length=args.group_by_length)
-            report = child.select(batches)
+            report = child.select(batches, **against_of(data, collate, size, args))
         else:
             report = child.report()
 
+    curve = Curve(engine, data, collate, args)
+    if args.eval_first and resumed is None:
+        curve.look(0)
     trained = time.perf_counter()
-    train_loss = train(engine, data.train, collate, steps, args)
-    seconds = {"training": time.perf_counter() - trained}
-    metrics = evaluate(engine, args.task, data.eval, collate, args.eval_batch_size)
-    others = {
-        name: evaluate(engine, args.task, rows, collate, args.eval_batch_size) for name, rows in data.others.items()
-    }
+    looked = curve.seconds
+    train_loss = train(engine, data.train, collate, steps, args, curve.look)
+    seconds = {"training": time.perf_counter() - trained - (curve.seconds - looked)}
+    curve.look(steps)
+    metrics, others = curve.points[-1]["metrics"], curve.points[-1]["also"]
     if args.output is not None:
         save(engine, tokenizer, args.output)
     if child is not None and args.export is not None:
         child.export(args.export)
 
     seconds |= {
-        "evaluation": time.perf_counter() - trained - seconds["training"],
+        "evaluation": curve.seconds,
         "fisher": report.fisher_seconds if report else 0.0,
         "selection": report.selection_seconds if report else 0.0,
         "total": time.perf_counter() - started,
@@ -244,8 +276,10 @@ def run(args: Arguments) -> dict[str, Any]:
         "method": config.get("child_tuning", {}).get("mode", "plain"),
         "metrics": metrics,
         "also": others,
+        "curve": curve.points if args.eval_every is not None else None,
         "train_loss": train_loss,
         "density": report.density if report else 1.0,
+        "trainable": sum(int(getattr(p, "ds_numel", p.numel())) for p in engine.module.parameters() if p.requires_grad),
         "steps": steps,
         "train_examples": len(data.train),
         "eval_examples": len(data.eval),
@@ -263,6 +297,43 @@ def run(args: Arguments) -> dict[str, Any]:
     gc.collect()  # engines are full of cycles, and the next one needs the memory
     write_result(args, result)
     return result
+
+
+def against_of(data: Data, collate: Collate, size: int, args: Arguments) -> dict[str, Any]:
+    """`select`'s general batches, where there are any."""
+    if data.against is None:
+        return {}
+    return {"against": calibration_batches(data.against, collate, size, group_by_length=args.group_by_length)}
+
+
+@dataclass
+class Curve:
+    """Evaluations of one run, in the order of steps."""
+
+    engine: Any
+    data: Data
+    collate: Collate
+    args: Arguments
+    points: list[dict[str, Any]] = field(default_factory=list)
+    """For each of them: step, metrics, and metrics of `--also-eval` by name."""
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._base: dict[str, Logits] = {}
+        if self.args.kl is not None:
+            of = self.data.others[self.args.kl]
+            self._base[self.args.kl] = label_logits(self.engine, of, self.collate, self.args.eval_batch_size)
+
+    def look(self, step: int) -> None:
+        """Evaluate. A collective."""
+        started = time.perf_counter()
+        metrics = self._of(self.data.eval)
+        also = {name: self._of(rows, self._base.get(name)) for name, rows in self.data.others.items()}
+        self.points.append({"step": step, "metrics": metrics, "also": also})
+        self.seconds += time.perf_counter() - started
+
+    def _of(self, rows: Dataset, base: Logits | None = None) -> dict[str, float]:
+        return evaluate(self.engine, self.args.task, rows, self.collate, self.args.eval_batch_size, base)
 
 
 def step_count(config: dict[str, Any], examples: int, epochs: float) -> int:

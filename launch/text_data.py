@@ -47,6 +47,8 @@ class Data:
     eval: Dataset
     others: dict[str, Dataset]
     """`--also-eval`, by its names."""
+    against: Dataset | None
+    """`--against-file`."""
     labels: tuple[str, ...]
     """Names of the classes; empty for regression and language modelling."""
 
@@ -64,6 +66,8 @@ def load_data(args: Arguments, tokenizer: Any) -> Data:
 
     def tokenize(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts = [rows[c] for c in columns]
+        if args.task == "causal-lm" and "prompt" in rows:
+            return answers(tokenizer, rows["prompt"], texts[0], args.max_length)
         if args.task == "causal-lm":
             return blocks(tokenizer(texts[0])["input_ids"], tokenizer.eos_token_id, args.max_length)
         tokens = dict(tokenizer(*texts, truncation=True, max_length=args.max_length))
@@ -85,7 +89,8 @@ def load_data(args: Arguments, tokenizer: Any) -> Data:
         if labels:
             class_labels(args, train, rows)
         others[name] = tokenized(rows, name)
-    return Data(tokenized(train, "train"), tokenized(held_out, "eval"), others, tuple(names))
+    against = None if args.against_file is None else tokenized(read_file(args.against_file), "against")
+    return Data(tokenized(train, "train"), tokenized(held_out, "eval"), others, against, tuple(names))
 
 
 def load_splits(args: Arguments) -> tuple[Dataset, Dataset]:
@@ -177,6 +182,17 @@ def blocks(documents: list[list[int]], end: int, length: int) -> dict[str, list[
     return {"input_ids": cut, "attention_mask": [[1] * length for _ in cut], "labels": cut}
 
 
+def answers(tokenizer: Any, prompts: list[str], texts: list[str], length: int) -> dict[str, list[Any]]:
+    """A row for each answer after its prompt, cut at `length` tokens; the prompt's tokens are no labels."""
+    rows: dict[str, list[Any]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for prompt, text in zip(tokenizer(prompts)["input_ids"], tokenizer(texts)["input_ids"], strict=True):
+        ids = [*prompt, *text][:length]
+        rows["input_ids"].append(ids)
+        rows["attention_mask"].append([1] * len(ids))
+        rows["labels"].append([-100] * min(len(prompt), length) + ids[len(prompt) :])
+    return rows
+
+
 # With --group-by-length, batches are put together inside windows of so many of them.
 WINDOW = 32
 
@@ -213,9 +229,9 @@ def calibration_batches(rows: Dataset, collate: Collate, batch_size: int, *, gro
 
 
 def collator(task: str, tokenizer: Any) -> Collate:
-    """Rows to tensors, padded to the longest of the batch; blocks of a language model need no padding."""
+    """Rows to tensors, padded to the longest of the batch; blocks of a language model are of one length."""
     if task == "causal-lm":
-        return transformers.default_data_collator
+        return transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
     return transformers.DataCollatorWithPadding(tokenizer)
 
 

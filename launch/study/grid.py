@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -21,7 +22,9 @@ Options = dict[str, Any]
 METRICS = {
     "classification": {"accuracy", "f1", "matthews"},
     "regression": {"pearson", "spearman", "mse"},
+    "causal-lm": {"loss", "perplexity"},
 }
+LOWER_IS_BETTER = {"mse", "loss", "perplexity"}
 
 # ---------------------------------------------------------------- the grid
 
@@ -56,12 +59,18 @@ class Task(Strict):
     binarise: Binarise | None = None
     also_eval: dict[str, Domain] = Field(default_factory=dict)
     """Other domains, by a name for the table."""
+    recorded: list[str] = Field(default_factory=list)
+    """Other files inside --data that a score depends on: results keep their digests."""
     finetune: Options = Field(default_factory=dict)
 
 
 class Tuning(Strict):
     seed: int
     lr: list[float] = Field(min_length=1)
+    finetune: Options = Field(default_factory=dict)
+    """Options of the tuning runs only, for example fewer steps."""
+    also_eval: bool = True
+    """False: tuning runs are not tested on other domains."""
 
 
 class Grid(Strict):
@@ -71,7 +80,8 @@ class Grid(Strict):
     launcher: Options = Field(default_factory=dict)
     tasks: dict[str, Task] = Field(min_length=1)
     methods: dict[str, Options] = Field(min_length=1)
-    """Options of each method; a mapping in place of a value is by task. `lr_of` names a method whose tuned lr is used."""
+    """Options of each method; a mapping in place of a value is by task. A list of `lr` is tuned in place of the grid's. `lr_of` names
+    a method whose tuned lr is used, times `lr_factor`. {data} in a value is the folder of --data."""
     tuning: Tuning
     seeds: list[int] = Field(min_length=1)
     train_limits: list[int | None] = [None]
@@ -140,18 +150,29 @@ class Job:
 
 def method_options(grid: Grid, job: Job) -> Options:
     own = grid.methods[job.method].items()
-    return {k: v[job.task] if isinstance(v, dict) else v for k, v in own if k != "lr_of"}
+    return {k: v[job.task] if isinstance(v, dict) else v for k, v in own if k not in ("lr", "lr_of", "lr_factor")}
+
+
+def job_options(grid: Grid, job: Job) -> Options:
+    """Options of launch/finetune.py that do not depend on where the data is; what a job sets itself is not among them."""
+    options = grid.finetune | grid.tasks[job.task].finetune | method_options(grid, job)
+    return options | (grid.tuning.finetune if job.seed == grid.tuning.seed else {})
+
+
+def domains_of(grid: Grid, job: Job) -> dict[str, Domain]:
+    """What the job is also tested on."""
+    return {} if job.seed == grid.tuning.seed and not grid.tuning.also_eval else grid.tasks[job.task].also_eval
 
 
 def settings_of(grid: Grid, job: Job) -> Options:
     """Everything that a job's score depends on but the job itself, the data and the versions; as JSON holds it."""
     task = grid.tasks[job.task]
-    options = grid.finetune | task.finetune | method_options(grid, job)
+    options = job_options(grid, job)
     settings = options | {
         "ds_config": digest(ROOT / options["ds_config"]),
         "text_columns": task.text_columns,
         "binarise": task.binarise and task.binarise.model_dump(),
-        "also_eval": {name: domain.model_dump() for name, domain in task.also_eval.items()},
+        "also_eval": {name: domain.model_dump() for name, domain in domains_of(grid, job).items()},
     }
     return {key: value for key, value in sorted(settings.items()) if value not in (None, {})}
 
@@ -162,13 +183,21 @@ def data_of(grid: Grid, job: Job, data: str) -> Options:
     if data == "hub":
         return task.hub
     folder = Path(data) / (task.folder or job.task)
-    return {name: digest(folder / name) for name in ("train.jsonl", "validation.jsonl")}
+    own = {name: digest(folder / name) for name in ("train.jsonl", "validation.jsonl")}
+    return own | {name: digest(Path(data) / name) for name in task.recorded}
 
 
 def digest(path: Path) -> str:
     if not path.exists():
         raise FileNotFoundError(f"{path}: expected a file of the study, found none. Remedy: check --data, or the grid.")
-    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    found = path.stat()
+    return _digest(path, found.st_mtime_ns, found.st_size)
+
+
+@functools.cache
+def _digest(path: Path, *_: int) -> str:
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
 def tuned_as(grid: Grid, method: str) -> str:
@@ -178,7 +207,12 @@ def tuned_as(grid: Grid, method: str) -> str:
 
 def tuning_jobs(grid: Grid, task: str, limit: int | None) -> list[Job]:
     methods = dict.fromkeys(tuned_as(grid, m) for m in grid.methods)
-    return [Job(task, m, grid.tuning.seed, lr, limit) for m in methods for lr in grid.tuning.lr]
+    return [Job(task, m, grid.tuning.seed, lr, limit) for m in methods for lr in tried(grid, m)]
+
+
+def tried(grid: Grid, method: str) -> list[float]:
+    """The learning rates that are tried for a method."""
+    return list(grid.methods[method].get("lr", grid.tuning.lr))
 
 
 def reported_jobs(grid: Grid, task: str, limit: int | None, results: Sequence[Options]) -> list[Job]:
@@ -186,18 +220,21 @@ def reported_jobs(grid: Grid, task: str, limit: int | None, results: Sequence[Op
     best = best_lr(grid, results)
     pairs = itertools.product(grid.seeds, grid.methods)
     lrs = [(seed, method, best.get((task, limit, tuned_as(grid, method)))) for seed, method in pairs]
-    return [Job(task, method, seed, lr, limit) for seed, method, lr in lrs if lr is not None]
+    factor = {method: grid.methods[method].get("lr_factor", 1) for method in grid.methods}
+    # Rounded, so that a product in a file is the product here.
+    return [Job(task, m, seed, float(f"{lr * factor[m]:.6g}"), limit) for seed, m, lr in lrs if lr is not None]
 
 
 def best_lr(grid: Grid, results: Sequence[Options]) -> dict[tuple[str, int | None, str], float]:
     """By task, training set size and method: the learning rate of the best score on the tuning seed; the smaller on a tie."""
     scores: dict[tuple[str, int | None, str], dict[float, float]] = defaultdict(dict)
     for r in results:
-        if r["seed"] == grid.tuning.seed and r["lr"] in grid.tuning.lr:
-            score = r["metrics"][grid.tasks[r["task"]].metric]
+        if r["seed"] == grid.tuning.seed and r["lr"] in tried(grid, r["method"]):
+            metric = grid.tasks[r["task"]].metric
+            score = r["metrics"][metric] * (-1 if metric in LOWER_IS_BETTER else 1)
             # A run that has diverged is no best one.
             scores[r["task"], r["train_limit"], r["method"]][r["lr"]] = -math.inf if math.isnan(score) else score
-    complete = {key: of for key, of in scores.items() if len(of) == len(set(grid.tuning.lr))}
+    complete = {key: of for key, of in scores.items() if len(of) == len(set(tried(grid, key[2])))}
     return {key: max(sorted(of), key=lambda lr, of=of: of[lr]) for key, of in complete.items()}
 
 
@@ -254,6 +291,7 @@ def line_of(job: Job, result: Options, settings: Options, data: Options, date: s
     return (
         asdict(job)
         | {key: result[key] for key in keep}
+        | {key: result[key] for key in ("curve", "trainable") if result.get(key) is not None}
         | {
             "reserve_p": config.get("child_tuning", {}).get("reserve_p"),
             "zero_stage": config["zero_optimization"]["stage"],

@@ -41,13 +41,15 @@ from grid import (
     Job,
     Options,
     data_of,
+    domains_of,
     job_of,
+    job_options,
     line_of,
-    method_options,
     read_grid,
     read_results,
     reported_jobs,
     settings_of,
+    tuned_as,
     tuning_jobs,
 )
 from report import HEADER, draw, rows
@@ -82,7 +84,7 @@ def texts_of(file: Path, columns: str) -> frozenset[str]:
 
 def options_of(grid: Grid, job: Job, data: str, scratch: Path) -> Options:
     """launch/finetune.py's options for a job."""
-    task = grid.tasks[job.task]
+    task, domains = grid.tasks[job.task], domains_of(grid, job)
     also: list[str] = []
     if data == "hub":
         where: Options = task.hub
@@ -91,12 +93,12 @@ def options_of(grid: Grid, job: Job, data: str, scratch: Path) -> Options:
         names = {"train_file": "train.jsonl", "eval_file": "validation.jsonl"}
         where = {key: file_of(folder / name, task.binarise, scratch) for key, name in names.items()}
         # What was trained on is no test of another domain, wherever it is found again.
-        seen = texts_of(folder / "train.jsonl", task.text_columns) if task.also_eval else frozenset()
-        others = task.also_eval.items()
+        seen = texts_of(folder / "train.jsonl", task.text_columns) if domains else frozenset()
+        others = domains.items()
         also = [f"{name}={file_of(Path(data) / d.file, d.binarise, scratch, without=seen)}" for name, d in others]
     own = {"seed": job.seed, "lr": job.lr, "train_limit": job.train_limit, "text_columns": task.text_columns}
-    merged = grid.finetune | task.finetune | where | method_options(grid, job) | own | {"also_eval": also}
-    return {k: v for k, v in merged.items() if v is not None}
+    merged = job_options(grid, job) | where | own | {"also_eval": also}
+    return {k: v.format(data=data) if isinstance(v, str) else v for k, v in merged.items() if v is not None}
 
 
 def check_data(grid: Grid, data: str) -> str:
@@ -129,12 +131,26 @@ def free_port() -> int:
     raise AssertionError("PORTS never ends")
 
 
+# What the launcher would say to the only process of a job.
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+
+
+def environment_of(grid: Grid) -> dict[str, str]:
+    """This process's, and what `launcher` says in capitals."""
+    named = {k: str(v) for k, v in grid.launcher.items() if k.isupper()}
+    alone = ALONE | {"MASTER_PORT": str(free_port())} if "none" in grid.launcher else {}
+    return os.environ | named | alone
+
+
 def command_of(grid: Grid, options: Options, results: Path, gpu: int | None = None) -> list[str]:
-    launcher = {k: v for k, v in grid.launcher.items() if not k.isupper()}
+    """The job's command; with `none: true` under `launcher`, a process without the launcher."""
+    launcher = {k: v for k, v in grid.launcher.items() if not k.isupper() and k != "none"}
     if gpu is not None:
         launcher = {k: v for k, v in launcher.items() if k != "num_gpus"} | {"include": f"localhost:{gpu}"}
     # By this interpreter, so that the study's own environment is the jobs' one.
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
+    command = [sys.executable]
+    if "none" not in grid.launcher:
+        command += ["-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
     command += [f"--{k}={v}" for k, v in launcher.items()]
     command += [str(ROOT / "launch" / "finetune.py"), "--results", str(results)]
     for key, value in options.items():
@@ -209,8 +225,11 @@ class Runner:
             bar.update()
 
     def _job(self, job: Job, gpu: int | None) -> Options:
-        environment = os.environ | {k: str(v) for k, v in self.grid.launcher.items() if k.isupper()}
+        environment = environment_of(self.grid)
         with tempfile.TemporaryDirectory() as folder:
+            if self.data != "hub":
+                # Every job would leave its tokenised rows behind, and none would find those of another.
+                environment = environment | {"HF_DATASETS_CACHE": folder}
             result = Path(folder) / "result.jsonl"
             command = command_of(self.grid, options_of(self.grid, job, self.data, Path(folder)), result, gpu)
             with self._lock:
@@ -247,19 +266,52 @@ class Runner:
 # ---------------------------------------------------------------- the command line
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The part of a grid that is run."""
+
+    methods: frozenset[str]
+    seeds: frozenset[int]
+
+    @classmethod
+    def of(cls, grid: Grid, methods: str | None, seeds: str | None) -> Chosen:
+        """
+        Raises:
+            ValueError: for a method or seed that the grid does not have.
+        """
+        named = frozenset(grid.methods if methods is None else (m.strip() for m in methods.split(",")))
+        numbers = frozenset(grid.seeds if seeds is None else map(int, seeds.split(",")))
+        if unknown := [*named - set(grid.methods), *map(str, numbers - set(grid.seeds))]:
+            raise ValueError(
+                f"expected methods among {list(grid.methods)} and seeds among {grid.seeds}, got {', '.join(sorted(unknown))}."
+                " Remedy: name them as the grid does."
+            )
+        return cls(named, numbers)
+
+    def __contains__(self, job: Job) -> bool:
+        return job.method in self.methods and job.seed in self.seeds
+
+    def tunes(self, grid: Grid, job: Job) -> bool:
+        """Whether a tuning job is needed for one of the methods."""
+        return job.method in {tuned_as(grid, method) for method in self.methods}
+
+
 def run(
     grid_file: Annotated[Path, typer.Argument(help="YAML file of the grid.")],
     data: Annotated[str, typer.Option(help="Folder of the tasks' files, or hub.")],
     results: Annotated[Path, typer.Option(help="JSON lines; added to.")],
     jobs: Annotated[int, typer.Option(help="Jobs side by side.")] = 1,
     gpus: Annotated[int, typer.Option(help="GPUs of this machine that jobs of one GPU take turns on.")] = 0,
+    methods: Annotated[str | None, typer.Option(help="Only these, with commas between them.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Only these, likewise.")] = None,
 ) -> None:
     """Run what is not in the results file yet."""
     grid = read_grid(grid_file)
+    chosen = Chosen.of(grid, methods, seeds)
     data = check_data(grid, data)
     results.parent.mkdir(parents=True, exist_ok=True)
     cells = list(itertools.product(grid.tasks, grid.train_limits))
-    tuning = [job for cell in cells for job in tuning_jobs(grid, *cell)]
+    tuning = [job for cell in cells for job in tuning_jobs(grid, *cell) if chosen.tunes(grid, job)]
     finished = read_results(results, grid)
     for result in finished:
         theirs, ours = result["data"], data_of(grid, job_of(result), data)
@@ -268,9 +320,9 @@ def run(
                 f"{results}: expected results on the data of --data, got {job_of(result)} on {theirs}, here {ours}."
                 " Remedy: another --results file, or the data that it belongs to."
             )
-    total = len(tuning) + len(cells) * len(grid.seeds) * len(grid.methods)
+    total = len(tuning) + len(cells) * len(chosen.seeds) * len(chosen.methods)
     done = {job_of(r) for r in finished}
-    wanted = set(tuning) | {job for cell in cells for job in reported_jobs(grid, *cell, finished)}
+    wanted = set(tuning) | {job for cell in cells for job in reported_jobs(grid, *cell, finished) if job in chosen}
     # What was finished before says nothing of how fast this machine is.
     bar = tqdm(total=total, initial=len(done & wanted), desc="Study", unit=" jobs", smoothing=0)
     runner = Runner(grid, data, results, jobs, gpus)
@@ -280,7 +332,7 @@ def run(
     runner.run([job for job in tuning if job not in done], bar)
     tuned = read_results(results, grid)
     report_jobs = sorted((job for cell in cells for job in reported_jobs(grid, *cell, tuned)), key=lambda job: job.seed)
-    runner.run([job for job in report_jobs if job not in done], bar)
+    runner.run([job for job in report_jobs if job in chosen and job not in done], bar)
     bar.close()
     if runner.failures:
         print(

@@ -117,7 +117,6 @@ PROVIDED: dict[str, Callable[[], Any]] = {
     "model": lambda: build(SETUP.family),
     "config": config,
     "calibration_batches": micro_batches,
-    "general_batches": lambda: micro_batches(2),
     "loader": micro_batches,
     "engine": engine,
     "child": trained_child,
