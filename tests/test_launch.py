@@ -166,6 +166,76 @@ def test_regression_and_language_modelling(pool: RankPool, folder: Path) -> None
     assert 1 < perplexity < 14, "expected less than the vocabulary's size"
 
 
+LANGUAGE = {"task": "causal-lm", "text_columns": "text"}
+
+
+def write_answers(folder: Path) -> Path:
+    rows = [{"prompt": "good film was the " * (1 + i % 3), "text": "bad a book " * (1 + i % 2)} for i in range(5)]
+    (folder / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "answers.jsonl"
+
+
+def of_answers(folder: Path, model: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities [tokens, vocabulary] at the answers' tokens, and those tokens, one row at a time."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "gpt2")
+    of = transformers.AutoModelForCausalLM.from_pretrained(folder / model).eval()
+    found = []
+    for row in lines_of(folder / "answers.jsonl"):
+        prompt, text = (tokenizer(row[key])["input_ids"] for key in ("prompt", "text"))
+        with torch.no_grad():
+            log_p = of(torch.tensor([[*prompt, *text][:16]])).logits.log_softmax(-1)[0]
+        found += [(log_p[i - 1], ids) for i, ids in enumerate([*prompt, *text][:16]) if i >= len(prompt)]
+    return torch.stack([log_p for log_p, _ in found]), torch.tensor([ids for _, ids in found])
+
+
+def test_a_curve_with_general_text_and_answers(pool: RankPool, folder: Path) -> None:
+    """ZeRO-3 on two ranks. Evaluation between steps does not change training; NLL and KL are those of a plain model, row by row."""
+    lm = LANGUAGE | {"model": f"{folder}/gpt2", "selector": "contrast", "against_file": folder / "eval.jsonl"}
+    plain = in_process(pool, folder, **lm, max_steps=3)
+    also = {"also_eval": [f"answers={write_answers(folder)}"], "kl": "answers"}
+    curve = {"eval_every": 2, "eval_first": True, "eval_batch_size": 2}
+    looked = in_process(pool, folder, **lm, **also, **curve, max_steps=3, output=folder / "tuned-gpt2")
+    assert looked["train_loss"] == plain["train_loss"]
+    assert plain["curve"] is None
+    points = looked["curve"]
+    assert [point["step"] for point in points] == [0, 2, 3]
+    assert points[-1]["metrics"] == looked["metrics"]
+    assert points[-1]["also"] == looked["also"]
+    assert points[0]["also"]["answers"]["kl"] == 0
+    before, tokens = of_answers(folder, "gpt2")
+    after, _ = of_answers(folder, "tuned-gpt2")
+    for point, log_p in ((points[0], before), (points[-1], after)):
+        nll = -log_p.gather(1, tokens[:, None]).mean()
+        assert point["also"]["answers"]["loss"] == pytest.approx(float(nll), rel=1e-4)
+    kl = float((before.exp() * (before - after)).sum(1).mean())
+    assert kl > 1e-4, "vacuous: nothing was learnt"
+    assert points[-1]["also"]["answers"]["kl"] == pytest.approx(kl, rel=1e-2)
+
+
+def test_adapters_train_in_place_of_weights(pool: RankPool, folder: Path) -> None:
+    pytest.importorskip("peft")
+    lm = LANGUAGE | {"model": f"{folder}/gpt2", "method": "plain", "lora_rank": 2}
+    few = in_process(pool, folder, ranks=1, **lm, peft="lora")
+    all_ = in_process(pool, folder, ranks=1, **lm)
+    # Of each of two blocks: rank 2 times inputs plus outputs of its four linear maps.
+    assert few["trainable"] == 2 * 2 * ((16 + 48) + (16 + 16) + (16 + 64) + (64 + 16))
+    assert all_["trainable"] > few["trainable"]
+    assert few["metrics"] != all_["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"selector": "contrast"}, "--selector contrast and --against-file together"),
+        ({"peft": "lora", "method": "ChildTuning-D"}, "Remedy: add --method plain"),
+        ({"task": "causal-lm", "kl": "answers"}, "a name among --also-eval"),
+    ],
+)
+def test_options_that_need_another(pool: RankPool, folder: Path, given: dict[str, Any], says: str) -> None:
+    (end,) = pool[1].run(finetune_jobs.run, folder, options(folder, **given))
+    assert says in end.error
+
+
 def test_a_wrong_file_is_one_readable_error(pool: RankPool, folder: Path) -> None:
     """On every rank, so that no rank waits for another."""
     for end in pool[2].run(finetune_jobs.run, folder, options(folder, eval_file=folder / "missing.jsonl")):

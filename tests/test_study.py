@@ -110,6 +110,70 @@ def test_the_best_rate_is_chosen_on_the_tuning_seed_and_a_diverged_run_never_win
     )
 
 
+RATES = {
+    "metric": "loss",
+    "text_columns": "text",
+    "also_eval": {"general": {"file": "general.jsonl"}},
+    "finetune": {"task": "causal-lm"},
+}
+
+
+def test_rates_of_a_methods_own_and_a_multiple_of_anothers() -> None:
+    """Losses: the lowest wins, and NaN never does. Tuning runs are shorter, and not tested on other domains."""
+    methods = {"full": {"lr": [1e-5, 3e-5, 9e-5]}, "low": {"lr_of": "full", "lr_factor": 0.2}, "child": {}}
+    tuning = GRID["tuning"] | {"finetune": {"max_steps": 5}, "also_eval": False}
+    of = grid(tasks={"t": RATES}, methods=methods, tuning=tuning)
+    jobs = study_grid.tuning_jobs(of, "t", None)
+    assert {(j.method, j.lr) for j in jobs} == {
+        *(("full", lr) for lr in (1e-5, 3e-5, 9e-5)),
+        *(("child", lr) for lr in (1e-4, 2e-4)),
+    }
+    losses = {1e-5: 4.0, 3e-5: 3.0, 9e-5: float("nan"), 1e-4: 3.5, 2e-4: 3.6}
+    results = [line(of, j, 0) | {"metrics": {"loss": losses[j.lr]}} for j in jobs]
+    reported = study_grid.reported_jobs(of, "t", None, results)
+    assert {(j.method, j.lr) for j in reported} == {("full", 3e-5), ("low", 6e-6), ("child", 1e-4)}
+    short, whole_ = (study_grid.settings_of(of, j) for j in (jobs[0], reported[0]))
+    assert short["max_steps"] == 5
+    assert "max_steps" not in whole_
+    assert "also_eval" not in short
+    assert set(whole_["also_eval"]) == {"general"}
+
+
+def test_a_part_of_a_grid_needs_the_tuning_of_its_own_methods_only() -> None:
+    methods = {"a": {}, "low a": {"lr_of": "a", "lr_factor": 0.5}, "b": {}}
+    of = grid(methods=methods)
+    chosen = study.Chosen.of(of, "low a", "1,3")
+    assert {j.method for j in study_grid.tuning_jobs(of, "t", None) if chosen.tunes(of, j)} == {"a"}
+    assert study_grid.Job("t", "low a", 3, 1e-4) in chosen
+    assert study_grid.Job("t", "low a", 2, 1e-4) not in chosen
+    assert study_grid.Job("t", "b", 1, 1e-4) not in chosen
+    for methods_, seeds in (("c", None), (None, "4")):
+        with pytest.raises(ValueError, match="Remedy: name them as the grid does"):
+            study.Chosen.of(of, methods_, seeds)
+
+
+def test_a_job_without_the_launcher() -> None:
+    of = grid(launcher={"none": True, "OMP_NUM_THREADS": 1})
+    command = study.command_of(of, {"epochs": 3}, Path("r"))
+    assert command[:2] == [sys.executable, str(ROOT / "launch" / "finetune.py")]
+    environment = study.environment_of(of)
+    assert environment["WORLD_SIZE"] == environment["OMP_NUM_THREADS"] == "1"
+    assert "RANK" not in {k for k in study.environment_of(grid()) if k not in os.environ}
+
+
+def test_the_folder_of_the_data_is_not_in_the_settings(tmp_path: Path) -> None:
+    start_inputs(tmp_path)
+    of = grid(finetune=GRID["finetune"] | {"model": "{data}/m"}, tasks={"t": SENTENCES | {"recorded": ["more"]}})
+    (tmp_path / "more").write_text("x")
+    job = study_grid.Job("t", "D", 1, 1e-4)
+    assert study.options_of(of, job, str(tmp_path), tmp_path)["model"] == f"{tmp_path}/m"
+    assert study_grid.settings_of(of, job)["model"] == "{data}/m"
+    before = study_grid.data_of(of, job, str(tmp_path))
+    assert set(before) == {"train.jsonl", "validation.jsonl", "more"}
+    (tmp_path / "more").write_text("xy")
+    assert study_grid.data_of(of, job, str(tmp_path))["more"] != before["more"]
+
+
 def test_differences_are_paired_by_seed_device_and_versions() -> None:
     lines = whole(grid(), {"vanilla": [0.50, 0.52, 0.54], "D": [0.53, 0.52, 0.60]})
     vanilla, child = study_report.rows(grid(), lines)
@@ -179,12 +243,16 @@ def test_gpus_take_turns() -> None:
     assert "--num_gpus=1" in study.command_of(grid(), {}, Path("r"))
 
 
-def start_study(tmp_path: Path, endless: int = -1) -> subprocess.Popen[str]:
+def start_inputs(tmp_path: Path) -> None:
     folder = tmp_path / "t"
     if not folder.exists():
         folder.mkdir()
         for name in ("train.jsonl", "validation.jsonl"):
             write(folder / name, [{"a": "k", "b": "y", "label": 0}])
+
+
+def start_study(tmp_path: Path, endless: int = -1) -> subprocess.Popen[str]:
+    start_inputs(tmp_path)
     places = {"data": str(tmp_path), "results": str(tmp_path / "r.jsonl"), "pid": str(tmp_path / "pid")}
     script = STUDY.format(root=str(ROOT), tests=str(ROOT / "launch" / "study"), endless=endless, **places)
     return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
