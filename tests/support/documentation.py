@@ -117,6 +117,7 @@ PROVIDED: dict[str, Callable[[], Any]] = {
     "model": lambda: build(SETUP.family),
     "config": config,
     "calibration_batches": micro_batches,
+    "general_batches": micro_batches,
     "loader": micro_batches,
     "engine": engine,
     "child": trained_child,
