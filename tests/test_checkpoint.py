@@ -17,7 +17,7 @@ from deepspeed import comm
 
 import ds_childtune
 from ds_childtune.checkpoint import load
-from ds_childtune.checkpoint.load import CheckpointLoader
+from ds_childtune.checkpoint.opened import OpenedCheckpoint
 from ds_childtune.zero import checkpoint_write, elastic
 from ds_childtune.zero.engine import base_optimizer
 from tests.support.bits import equal_bits
@@ -139,7 +139,7 @@ def out_of_memory_on_one_rank(setup: Setup, folder: str, where: str) -> tuple[st
         broken = mock.patch.object(owner, name, refuse) if dist.get_rank() == 1 else contextlib.nullcontext()
         stack = contextlib.ExitStack()
         if where == "load elsewhere":
-            stack.enter_context(mock.patch.object(CheckpointLoader, "_is_same_shape", return_value=False))
+            stack.enter_context(mock.patch.object(OpenedCheckpoint, "is_same_shape", return_value=False))
         with stack, broken, pytest.raises(RuntimeError) as error:
             engine.save_checkpoint(folder) if saves else engine.load_checkpoint(folder)
         if not saves:

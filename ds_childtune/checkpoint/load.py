@@ -10,7 +10,6 @@ from typing import Any
 from ds_childtune.attachment import Attachment
 from ds_childtune.checkpoint import tag_folder
 from ds_childtune.checkpoint.child import (
-    KIND,
     SavedMasks,
     check_config,
     check_model,
@@ -19,11 +18,10 @@ from ds_childtune.checkpoint.child import (
     read_masks,
 )
 from ds_childtune.checkpoint.hooks import Hooks
-from ds_childtune.checkpoint.rank_file import read_layout, restore_random_states
+from ds_childtune.checkpoint.opened import OpenedCheckpoint
+from ds_childtune.checkpoint.rank_file import restore_random_states
 from ds_childtune.checkpoint.run_record import RunRecord
 from ds_childtune.child_files.format import ChildFileError
-from ds_childtune.child_files.holders import Run, ranks_with
-from ds_childtune.child_files.reader import SavedChild, open_child, read_manifest
 from ds_childtune.ranks import (
     check_same,
     from_first,
@@ -31,10 +29,8 @@ from ds_childtune.ranks import (
     raising_together,
     tell,
     this_rank,
-    true_on_all,
     world_size,
 )
-from ds_childtune.zero.checkpoint_read import SavedRun
 from ds_childtune.zero.checkpoint_write import (
     frozen_may_be_missing,
     keeping_load_errors,
@@ -42,10 +38,10 @@ from ds_childtune.zero.checkpoint_write import (
     saved_shards,
     without_empty_states,
 )
-from ds_childtune.zero.elastic import load_elsewhere, load_weights, local_part
-from ds_childtune.zero.elastic_check import check_elsewhere, check_values
+from ds_childtune.zero.elastic import load_elsewhere, load_weights
+from ds_childtune.zero.elastic_check import check_elsewhere
 from ds_childtune.zero.engine import Wrapper, wrapper_of
-from ds_childtune.zero.layout import Layout
+from ds_childtune.zero.layout import SavedShard
 from ds_childtune.zero.lean_start import restore_dense
 
 
@@ -126,21 +122,21 @@ class CheckpointLoader:
             self._hooks.adopt(self._hooks.progress)
             return loaded
 
-        child, record = self._opened(folder, name)
+        opened = OpenedCheckpoint.open(folder, name)
+        child, record = opened.child, opened.record
         with raising_together():
             check_config(child, self._attachment.config)
             check_model(child, self._attachment.parameters.shapes, self._attachment.stored_names(chosen=record.chosen))
-            self._check_precision(record, folder / name)
+            self._check_precision(record, opened.folder)
         mine = saved_shards(self._attachment.engine, self._attachment.shards, this_rank())
-        here = folder / name
-        same_shape = self._is_same_shape(child, record, mine)
+        same_shape = opened.is_same_shape(self._attachment, mine)
         masks: SavedMasks | None = None
         with self._without_child(record):
             if same_shape:
                 path, client_state = load_as_deepspeed_does()
             else:
-                path = str(here)
-                client_state = self._load_elsewhere(here, child, record, mine, load_lr_scheduler_states)
+                path = str(opened.folder)
+                client_state = self._load_elsewhere(opened, mine, load_lr_scheduler_states)
             with raising_together():
                 if record.chosen and self._attachment.config.mode == "ChildTuning-D":
                     masks = read_masks(child, self._attachment.shards)
@@ -206,36 +202,16 @@ class CheckpointLoader:
                     " Remedy: load before child.select(); now, call detach() and attach(engine) first."
                 )
 
-    def _opened(self, folder: Path, name: str) -> tuple[SavedChild, RunRecord]:
-        """The child's files and the record, once they are known to be whole and of this run's kind."""
-        here = folder / name
-        try:
-            # Every rank uses what one rank has read: the manifest decides which collectives follow.
-            manifest = from_first(lambda: read_manifest(here / tag_folder.CHILD))
-            with raising_together():
-                child = open_child(here / tag_folder.CHILD, kind=KIND, checksums=False, manifest=manifest)
-                record = RunRecord.of(child)
-                rank, ranks = this_rank(), world_size()
-                child.check_contents(rank, ranks)
-                record.check_files(here, rank, ranks)
-        except ValueError as error:
-            others = from_first(lambda: [tag for tag in tag_folder.tags(folder) if tag != name])
-            raise ChildFileError(
-                f"load_checkpoint: {here} is not whole: {error} Other checkpoints here, newest first:"
-                f" {', '.join(others[:3]) or 'none'}; load one with tag=."
-            ) from error
-        return child, record
-
     def _load_weights(
         self, folder: Path, name: str, strict: bool, module_only: bool, load_lr_scheduler_states: bool
     ) -> tuple[str | None, Any]:
         """Only the weights of a checkpoint with a child. See `zero.elastic.load_weights`."""
-        child, record = self._opened(folder, name)
+        opened = OpenedCheckpoint.open(folder, name)
         with raising_together():
-            check_shapes(child, self._attachment.parameters.shapes, strict=strict)
+            check_shapes(opened.child, self._attachment.parameters.shapes, strict=strict)
         tell(f"ds_childtune: {folder} {name}: loading only weights, without the child")
         with raising_together():
-            run, layout = self._saved_run(folder / name, child, record)
+            run, layout = opened.saved_run(self._attachment)
         client_state = load_weights(
             self._attachment.engine,
             run,
@@ -264,35 +240,6 @@ class CheckpointLoader:
                 f" {folder / tag_folder.LATEST}."
             )
 
-    def _saved_run(self, here: Path, child: SavedChild, record: RunRecord) -> tuple[SavedRun, Layout]:
-        """DeepSpeed's files of the ranks that had this rank's elements, and where in them those are."""
-        ranks = self._ranks_with_mine(child, record)
-        layout = Layout(s for rank in ranks for s in read_layout(child.folder / record.ranks[rank].name))
-        run = SavedRun(here, record.wrapper(here), {(file.what, file.rank): file.name for file in record.deepspeed})
-        check_values(run, layout, self._attachment.shards)
-        return run, layout
-
-    def _ranks_with_mine(self, child: SavedChild, record: RunRecord) -> list[int]:
-        holders = child.manifest.holders
-        if holders is None:
-            return list(range(record.world_size))
-        ranks = ranks_with(holders, {p.name: p.numel for p in child.manifest.parameters}, self._mine())
-        if max(ranks, default=0) >= record.world_size:
-            raise ChildFileError(
-                f"{child.folder}: expected holders below rank {record.world_size}, got rank {max(ranks)}."
-                " Remedy: use another checkpoint, or an undamaged copy."
-            )
-        return ranks
-
-    def _mine(self) -> Iterator[Run]:
-        """The elements that this rank will load: those of its flat shards, and of frozen parameters, which may have trained before."""
-        for shard in self._attachment.shards:
-            for fragment in shard.fragments:
-                yield Run(fragment.name, fragment.param_start, fragment.param_start + fragment.numel)
-        for name, shape in self._attachment.parameters.shapes.items():
-            if name not in self._attachment.parameters.by_name:
-                yield Run(name, *local_part(self._attachment.engine.module.get_parameter(name), shape.numel()))
-
     def _check_precision(self, record: RunRecord, here: Path) -> None:
         precision = self._attachment.precision
         if record.precision != precision:
@@ -301,20 +248,11 @@ class CheckpointLoader:
                 " Remedy: set the same bf16 or fp16 in the DeepSpeed config."
             )
 
-    def _is_same_shape(self, child: SavedChild, record: RunRecord, mine: Sequence[Any]) -> bool:
-        """Whether every rank finds its own flat shards in the files with its rank in their names. A collective."""
-        rank = this_rank()
-        same = record.world_size == world_size()
-        same = same and record.optimizer == wrapper_of(self._attachment.engine).value
-        with raising_together():
-            same = same and read_layout(child.folder / record.ranks[rank].name) == tuple(mine)
-        return true_on_all(same)
-
     def _load_elsewhere(
-        self, here: Path, child: SavedChild, record: RunRecord, mine: Sequence[Any], load_lr_scheduler_states: bool
+        self, opened: OpenedCheckpoint, mine: Sequence[SavedShard], load_lr_scheduler_states: bool
     ) -> dict[str, Any]:
         with raising_together():
-            run, layout = self._saved_run(here, child, record)
+            run, layout = opened.saved_run(self._attachment)
             check_elsewhere(self._attachment.engine, run, layout, self._attachment.shards)
         return load_elsewhere(
             self._attachment.engine,

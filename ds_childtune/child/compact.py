@@ -48,7 +48,7 @@ class Plumbing(Protocol):
         """DeepSpeed runs on child shards; flat shards become views of the parameters that the forward pass uses."""
 
     def remove(self) -> None:
-        """Flat shards stand in DeepSpeed's lists again, still as views of the parameters: for another child that follows at once."""
+        """DeepSpeed's lists hold flat shards again, still as views of the parameters: for another child that follows at once."""
 
     def restore_dense(self, shards: Sequence[ChildShard]) -> None:
         """After `remove`, for good: flat shards of the masters' dtype, which hold the child's values."""
@@ -56,7 +56,7 @@ class Plumbing(Protocol):
 
 @dataclass
 class CompactChild:
-    """ChildTuning-D with moments for the child alone. See [Note: child shards]."""
+    """ChildTuning-D with moments for the child only. See [Note: child shards]."""
 
     fixed: ClassVar = True
 
@@ -71,7 +71,7 @@ class CompactChild:
     _carried: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
     """By flat shard: the state that its child shard begins with, until `take_over`."""
     _stepping: list[tuple[Group, list[Tensor], list[ChildShard], list[Tensor]]] = field(default_factory=list)
-    """What stood in the param groups, for the length of a step, and what stands there now, by shard and as the list itself."""
+    """For the length of a step: what was in the param groups, and what is there now, by shard and as the list itself."""
 
     @classmethod
     def of(
@@ -123,7 +123,7 @@ class CompactChild:
     def take_over(self) -> None:
         """Stand in place of the flat shards, or of the previous child, which must not be used any more.
 
-        What the optimizer holds outside the child is let go.
+        What the optimizer holds outside the child is freed.
         """
         previous, self._previous = self._previous, None
         if previous is not None and previous.plumbing is not None:

@@ -2,7 +2,7 @@
 
 [Note: the pass's own reduction]
 DeepSpeed reduces gradients in whatever dtype training communicates in, through buckets whose contents depend on which parameters a
-rank's micro-batch has reached, on a stream of its own. For squares that is not good enough: sums of equal terms saturate in bf16 over
+rank's micro-batch has reached, on a separate stream. For squares that is not good enough: sums of equal terms saturate in bf16 over
 many ranks, squares underflow in fp16, and what the buckets hold of a parameter that was not reached is left over from before. So a
 calibration pass takes each rank's whole gradient before DeepSpeed does anything with it, and this module reduces it:
 

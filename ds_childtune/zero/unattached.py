@@ -2,7 +2,7 @@
 
 [Note: a block without a child]
 The block is read by `attach`. Without that call DeepSpeed ignores it, as it ignores every key that it does not know, and all
-elements would train, without a word. So importing ds_childtune does one thing: it makes `DeepSpeedEngine._take_model_step`, which
+elements would silently train. So importing ds_childtune does one thing: it makes `DeepSpeedEngine._take_model_step`, which
 every step of every kind of engine calls, check the engine first. The step is taken if the engine has no block, has a child, had one
 and was detached, or has no optimizer, like the reference models of preference tuning.
 
