@@ -45,6 +45,11 @@ def sum_over_ranks(tensor: Tensor) -> None:
     dist.all_reduce(tensor)
 
 
+def max_over_ranks(tensor: Tensor) -> None:
+    """In place."""
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+
+
 def gather_objects(value: T) -> list[T]:
     """`value` of every rank, on every rank. For small things."""
     values: list[T] = [value] * dist.get_world_size()
@@ -73,9 +78,9 @@ def true_on_all(flag: bool) -> bool:
 
 
 def largest_of_ranks(tensor: Tensor) -> Tensor:
-    """int64 on the CPU: the largest value of any rank, element by element. A collective, at which the host waits for the device."""
+    """int64 on the CPU: the largest value of any rank, element by element. A collective."""
     values = tensor.to(device())
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    max_over_ranks(values)
     return values.cpu()
 
 

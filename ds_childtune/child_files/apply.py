@@ -38,7 +38,7 @@ def apply_child(target: Any, *paths: str | Path, conflicts: Conflicts = "refuse"
 
     Raises:
         ChildFileError, ValueError: for folders that are not whole children of this base model; nothing has changed then.
-        NotImplementedError, RuntimeError: for weights in a place or state where they cannot be replaced; likewise.
+        NotImplementedError, RuntimeError: for weights that cannot be replaced where they are; nothing has changed then either.
     """
     site = _Site.of(target)
     with site.together():

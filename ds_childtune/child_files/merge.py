@@ -30,7 +30,7 @@ def merge(
     """Write the base model with the children on it, as transformers loads it.
 
     Args:
-        base: a saved model, folder or hub name; its tokenizer's files, if it is a folder, come along.
+        base: a saved model, folder or hub name. Of a folder, tokenizer files are copied, too.
         output: a folder that does not exist yet; it appears when it is whole.
 
     Raises:

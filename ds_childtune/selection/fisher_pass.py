@@ -14,7 +14,7 @@ from ds_childtune.config import FisherConfig
 from ds_childtune.random_states import kept_random_states
 from ds_childtune.ranks import (
     device,
-    largest_of_ranks,
+    max_over_ranks,
     raise_together,
     raising_together,
     sum_over_ranks,
@@ -165,7 +165,8 @@ class _FisherPass:
         digest = _digest(self._reduction.taken) if compared else None
         extremes = [digest, -digest] if digest is not None else [-(1 << 62)] * 2
         summary = torch.cat([torch.tensor(extremes, device=device()), self._reduction.not_finite.view(1).long()])
-        largest, smallest, not_finite = largest_of_ranks(summary).tolist()
+        max_over_ranks(summary)
+        largest, smallest, not_finite = summary.tolist()
         if largest + smallest > 0:
             raise NotImplementedError(self._mixed(round_, compared=compared))
         if not not_finite:

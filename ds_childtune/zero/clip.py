@@ -3,9 +3,9 @@
 DeepSpeed takes the norm before it hands gradients to the base optimizer, so a step hook comes too late. Where it does, by ZeRO stage:
 
     0, fp32     engine.clip_fp32_gradients          over the parameters' gradients
-    0, 16-bit   optimizer.step                      likewise, as its first act
+    0, 16-bit   optimizer.step                      over the parameters' gradients, first of all
     1, 2        optimizer.scaled_global_norm        over averaged_gradients; with offload, over norms taken in the backward pass
-    3           optimizer._get_norm_groups          likewise
+    3           optimizer._get_norm_groups          over averaged_gradients, as at 1 and 2
 
 Each is overridden on its instance by one that masks first. Where gradients are compact nothing is needed: only the child's are kept.
 """

@@ -31,7 +31,7 @@ def check_elsewhere(engine: Engine, run: SavedRun, layout: Layout, shards: Seque
 
 
 def check_values(run: SavedRun, layout: Layout, shards: Sequence[FlatShard]) -> None:
-    """Raise ValueError where a checkpoint's layout is not that of its values, by a look at both ends of each run.
+    """Raise ValueError where a checkpoint's layout is not that of its values, by comparing both ends of each run.
 
     At ZeRO 1 and 2 a checkpoint has the weights of the forward pass as well as their masters. Early versions wrote wrong layouts with
     `round_robin_gradients`. See [Note: a layout is believed once its values have been seen].

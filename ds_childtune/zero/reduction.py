@@ -103,7 +103,7 @@ class Reduction:
     def begin(self, *, silent: bool, loss_scale: float) -> None:
         """
         Args:
-            silent: this rank only keeps the others company, and adds zeros.
+            silent: this rank adds zeros: it has no batch left, and takes part for the other ranks.
             loss_scale: what gradients are divided by.
         """
         self._silent = silent
