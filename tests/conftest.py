@@ -32,7 +32,7 @@ def pool() -> Iterator[RankPool]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--fuzz-examples", type=int, default=1000, help="damaged folders for each reader in tests/test_fuzz.py"
+        "--fuzz-examples", type=int, default=200, help="damaged folders for each reader in tests/test_fuzz.py"
     )
     parser.addoption("--differences", action="store_true", help="end with the worst relative difference of every cell")
 

@@ -1,7 +1,7 @@
-"""Every reader of what the library writes, on thousands of damaged and forged folders.
+"""Every reader of what the library writes, on hundreds of damaged and forged folders.
 
 Only the library's own error comes out, with a remedy; no crash; and no allocation beyond what the files' size allows: the address
-space of the process is limited meanwhile. `--fuzz-examples 100000` for a long run.
+space of the process is limited meanwhile. `--fuzz-examples 100000` is a long run.
 """
 
 from __future__ import annotations
