@@ -33,6 +33,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated, Any
 
+import curves
 import typer
 from grid import (
     ROOT,
@@ -368,8 +369,27 @@ def report(
         draw(grid, results, plot)
 
 
+def forgetting(
+    grid_file: Annotated[Path, typer.Argument(help="YAML file of the grid, lm.yaml.")],
+    results_file: Annotated[Path, typer.Argument(help="Its results.")],
+    plot: Annotated[Path | None, typer.Option(help="PNG to draw.")] = None,
+) -> None:
+    """Print the second study's tables in Markdown, and which of its claims are refuted."""
+    grid = read_grid(grid_file)
+    results = read_results(results_file, grid)
+    runs = curves.runs_of(grid, results)
+    for rows_ in (curves.table(grid, runs), curves.contrasts(runs)):
+        print("\n".join(f"| {' | '.join(row)} |" for row in [rows_[0], ["---"] * len(rows_[0]), *rows_[1:]]) + "\n")
+    print("\n".join(f"- {line}" for line in curves.verdicts(runs)))
+    hours = sum(r["seconds"]["total"] for r in results) / 3600
+    print(f"\n{len(results)} runs, tuning included, {hours:.1f} hours of run time")
+    if plot is not None:
+        curves.draw(grid, runs, plot)
+
+
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
     app.command()(run)
     app.command()(report)
+    app.command()(forgetting)
     app()
