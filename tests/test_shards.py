@@ -65,7 +65,7 @@ def test_both_ways_of_training_a_child_have_its_mask(case: tuple[FlatShard, torc
     dense = DenseChild([shard], [mask], base_optimizer(shard), behaviour, decay_outside=False)
     for fragment in shard.fragments:
         for child in (compact, dense):
-            assert torch.equal(child.mask(shard.tensor, fragment), fragment.of(mask))
+            assert torch.equal(child.child_mask(shard, fragment, step=0), fragment.of(mask))
 
 
 @given(layouts(), st.sets(st.sampled_from(["p0", "p1", "p2", "p3"])))
