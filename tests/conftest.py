@@ -1,4 +1,4 @@
-"""Fixtures and the table that ends a run."""
+"""Fixtures, the choice of `--quick`, and the table that ends a run."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         }
         wanted |= {name for name in left if item.nodeid == f"tests/{name}"}
         left -= wanted
-        alone = "pool" not in getattr(item, "fixturenames", ()) and item.path.name not in SLOW
-        if wanted or alone:
+        pure = "pool" not in getattr(item, "fixturenames", ()) and item.path.name not in SLOW
+        if wanted or pure:
             kept.append(item)
     if left and len(config.args) == 1 and config.args[0] == "tests":
         raise pytest.UsageError(f"conftest.QUICK: no test is called {', '.join(sorted(left))}")

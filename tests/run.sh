@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 if [[ " $* " != *" --quick "* ]] || [ ! -x .venv/bin/pytest ]; then
-  # torch first and alone, so that pip settles on the pinned wheel before anything else asks for it.
+  # torch first, by itself, so that pip settles on the pinned wheel before anything else asks for it.
   .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
   .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 fi

@@ -421,7 +421,7 @@ def gradients_on_other_streams(calibrates: bool) -> tuple[int, int, int]:
 
 
 def test_no_gradient_is_freed_while_another_stream_reads_it(pool: RankPool) -> None:
-    """Parameters larger than the bucket, whose gradients DeepSpeed reduces in place on a stream of its own, and records."""
+    """Parameters larger than the bucket, whose gradients DeepSpeed reduces in place on a separate stream, and records."""
     for _, elsewhere, unrecorded in pool[2].run(gradients_on_other_streams, False):
         assert elsewhere > 0, "vacuous: DeepSpeed reads no gradient on another stream"
         assert unrecorded == 0, "the test does not see what DeepSpeed records"

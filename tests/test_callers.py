@@ -1,4 +1,4 @@
-"""Engines that are used otherwise than by our own scripts: boundaries set by hand, parameters frozen late, steps that fail, copies of
+"""Engines that are not used as our own scripts use them: boundaries set by hand, parameters frozen late, steps that fail, copies of
 the module, param groups that come later.
 """
 
@@ -33,7 +33,7 @@ def mine(count: int, seed: int) -> list[Any]:
 
 
 def accumulate(engine: Any, micro_batches: list[Any], *, ends: bool) -> None:
-    """As accelerate does it: the caller says what the boundary is, and steps there alone."""
+    """As accelerate does it: the caller says what the boundary is, and steps only there."""
     for i, batch in enumerate(micro_batches):
         engine.set_gradient_accumulation_boundary(ends and i == len(micro_batches) - 1)
         output = engine(**on_device(engine, batch))
@@ -154,7 +154,7 @@ def test_a_step_that_fails_leaves_no_child_in_the_optimizer(pool: RankPool, rese
 
 
 def copied(engine: Any) -> nn.Module:
-    """A copy of the engine's module; below ZeRO-3, where plain DeepSpeed's copies train, it takes a step of its own."""
+    """A copy of the engine's module; below ZeRO-3, where plain DeepSpeed's copies train, it takes its own step."""
     twin: nn.Module = copy.deepcopy(engine.module)
     assert torch.optim.swa_utils.AveragedModel(engine.module) is not None
     if engine.zero_optimization_stage() < 3:

@@ -46,7 +46,7 @@ def write(folder: Path, masks: dict[str, Tensor], cuts: Sequence[int], dtype: to
         for i, (start, end) in enumerate(pairwise(ends)):
             part = slice(start, end)
             piece = Piece.of(name, start, mask[part], values=values[part], moment=2 * values[part].float())
-            # One number that all pieces have, and one that the last of them alone has.
+            # One number that all pieces have, and one that only the last of them has.
             numbers = {"step": 3} | ({"last": 0.5} if end == mask.numel() else {})
             writers[i % 3].append(replace(piece, numbers=numbers))
     files = [write_pieces(folder, rank, pieces) for rank, pieces in enumerate(writers)]
@@ -88,7 +88,7 @@ def test_what_is_written_comes_back_in_any_partition(
 
 
 def test_others_can_read_the_files(tmp_path: Path) -> None:
-    """safetensors alone, with the format note at hand: both encodings of a mask, and none for a whole piece."""
+    """With safetensors and the format note only: both encodings of a mask, and none for a whole piece."""
     few, many, all_of_them = torch.zeros(100).bool(), torch.ones(100).bool(), torch.ones(100).bool()
     few[[3, 97]] = True
     many[50] = False
@@ -156,7 +156,7 @@ def test_a_writer_that_is_killed_anywhere_leaves_a_whole_child(tmp_path: Path) -
         seen.append(open_child(tmp_path).kept("w"))
         count += 1
     assert len(seen) > 15
-    assert set(seen) == {5, 3}, "vacuous: killed on one side of the commit alone"
+    assert set(seen) == {5, 3}, "vacuous: killed only on one side of the commit"
     assert seen == sorted(seen, reverse=True)
 
 

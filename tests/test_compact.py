@@ -1,7 +1,7 @@
 """`optimizer_state: "compact"` against the dense hook path, bit for bit, and what it stores.
 
-DeepSpeed's own Adam kernels round elements in a vector's tail otherwise than those in its body, and decay in another order than the
-dense path's separate decay, so there the two paths agree to the last bits only.
+DeepSpeed's own Adam kernels round elements in a vector's tail in another way than those in its body, and decay in another order than
+the dense path's separate decay, so there the two paths agree only to the last bits.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def test_other_world_sizes(pool: RankPool, world_size: int) -> None:
 
 @pytest.mark.parametrize("clip", [None, "dense"], ids=["compact masters", "compact moments"])
 def test_low_precision_masters_lose_nothing(pool: RankPool, clip: str | None) -> None:
-    """The child keeps fp32 masters of its own, across selections too, and outside it a 16-bit weight is all there is."""
+    """The child keeps its own fp32 masters, across selections too, and outside it a 16-bit weight is all there is."""
     case = CASES["zero3-bf16-zero-init"]
     fp32 = pool[2].run(run, case, "compact", clip)
     bf16 = pool[2].run(run, replace(case, setup=replace(case.setup, bf16_masters=True)), "compact", clip)

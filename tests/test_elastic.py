@@ -126,7 +126,7 @@ FUSED = Optimizer("AdamW", {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1})
 @pytest.mark.parametrize("mode", BLOCKS)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_one_step_counter_for_a_group(pool: RankPool, mode: str, stage: int, tmp_path: Path) -> None:
-    """DeepSpeed's FusedAdam without ZeRO counts steps on a group's last parameter alone; elsewhere each flat shard counts."""
+    """DeepSpeed's FusedAdam without ZeRO counts steps only on a group's last parameter; elsewhere each flat shard counts."""
     places = (Place(2, 0), Place(2, stage), Place(2, 0))
 
     def setup(place: Place) -> Setup:
@@ -145,7 +145,7 @@ def test_one_step_counter_for_a_group(pool: RankPool, mode: str, stage: int, tmp
     middle, got = states[0], states[-1]
     for name, weight in expected.masters.items():
         moved = (weight - middle.masters[name]).abs().max()
-        # The kernel rounds the tail of a vector otherwise than its body.
+        # The kernel rounds the tail of a vector in another way than its body.
         assert torch.allclose(got.masters[name], weight, rtol=0, atol=float(1e-4 * moved) + 1e-7), name
     assert any((w - middle.masters[n]).abs().max() > 1e-3 for n, w in expected.masters.items()), (
         "vacuous: nothing moved"
@@ -180,7 +180,7 @@ def test_frozen_weights_and_buffers_move_too(
         assert got[1] == expected[1] == 7
 
 
-# ---------------------------------------------------------------- weights alone
+# ---------------------------------------------------------------- only weights
 
 
 def save_trained(setup: Setup, block: dict[str, Any], folder: str) -> Weights:
@@ -199,7 +199,7 @@ def save_trained(setup: Setup, block: dict[str, Any], folder: str) -> Weights:
 
 @dataclass(frozen=True)
 class WeightsAlone:
-    """What is there after a load of weights alone, and whether a child that is chosen then trains."""
+    """What is there after a load of only the weights, and whether a child that is chosen then trains."""
 
     start: Weights
     forward: Weights

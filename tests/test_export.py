@@ -109,7 +109,7 @@ def apply_on_an_engine(setup: Setup, path: str) -> Applied:
 
 
 def apply_without_an_engine(setup: Setup, path: str) -> Applied:
-    """A model of `zero.Init` alone."""
+    """A model of only `zero.Init`."""
     with deepspeed.zero.Init(config_dict_or_path=setup.config()):
         model = build(setup.family)
     whole = build(setup.family)

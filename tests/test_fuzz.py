@@ -298,5 +298,5 @@ def test_holders_that_are_not_so_are_refused(
     folder = forged(tmp_path, change)
     with pytest.raises(ChildFileError, match=text):
         open_child(folder)
-    with pytest.raises(ChildFileError):  # without a look at every file, whoever reads the parameter is told
+    with pytest.raises(ChildFileError):  # without a look at every file, reading the parameter finds it
         open_child(folder, checksums=False).read("few")

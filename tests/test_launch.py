@@ -57,7 +57,7 @@ def environment(folder: Path, **changes: str) -> dict[str, str]:
 
 @contextmanager
 def started(command: list[str], env: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """A process in a session of its own, so that what it leaves behind can be ended with it."""
+    """A process in its own session, so that what it leaves behind can be ended with it."""
     process = subprocess.Popen(
         command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )

@@ -118,7 +118,7 @@ def attach_to_lies(setup: Setup, lies: list[Lie], ranks: list[int]) -> Told:
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_a_layout_that_lies_is_refused(pool: RankPool, name: str) -> None:
-    """And none that tells the truth, when masters hold more than the weights, too."""
+    """And none that is right, also when masters hold more than the weights."""
     setup = SETUPS[name]
     for told in pool[2].run(attach_to_lies, setup, [swapped, shifted] if name != "zero0" else [], [0, 1]):
         assert len(told.lies) == (4 if name != "zero0" else 0)

@@ -1,7 +1,7 @@
 """Each optimizer of the README's list through a whole life: child, checkpoint, another child, another ZeRO stage, to the end.
 
 The model's gradients are small integers over powers of two, hence the same however they are summed. DeepSpeed's own kernels round the
-tail of a vector otherwise than its body, so with those the lives agree to the last bits only.
+tail of a vector in another way than its body, so with those the lives agree to the last bits only.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ CELLS = [
     for name in LISTED
     for route in ROUTES
     for state in ("dense", "compact")
-    # ZeRO builds an Adagrad of its own, whose state is there before the first step. Kernels for offload take long to load.
+    # ZeRO builds its own Adagrad, whose state is there before the first step. Kernels for offload take long to load.
     if name == "Adagrad" or (route, state) in FEW[: 1 if name in OFFLOADED else None]
 ]
 

@@ -252,7 +252,7 @@ def test_copies_of_weights_in_the_state_come_after_the_child(pool: RankPool) -> 
 
 
 def wrapped() -> tuple[bool, bool, str]:
-    """With an optimizer around another: whether `select` left weights alone, whether the whole as a child trains as plain."""
+    """With an optimizer around another: whether `select` changed no weights, whether the whole as a child trains as plain."""
     setup = replace(BASE, stage=0, client=slow)
     ends, still = [], True
     for attached in (False, True):

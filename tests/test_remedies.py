@@ -29,7 +29,7 @@ from tests.support.engines import Setup, engine_of, master_weights, train_step
 from tests.support.models import batches, build, deal
 from tests.support.ranks import RankPool
 
-# ---------------------------------------------------------------- the child alone
+# ---------------------------------------------------------------- only the child
 
 
 def line(seed: int = 0) -> nn.Linear:

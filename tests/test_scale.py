@@ -64,7 +64,7 @@ def test_a_load_opens_as_many_files_whatever_the_number_of_ranks(case: str, tmp_
 
 
 def test_a_manifest_stays_small(tmp_path: Path) -> None:
-    """The holders of a thousand ranks take as many bytes as those of eight, but for the digits of their numbers."""
+    """The holders of a thousand ranks take as many bytes as those of eight, except for the digits of their numbers."""
     sizes = []
     for world_size in (8, 1000):
         entries = tuple(ParameterEntry(name, (8 * world_size,), "float32", True) for name in NAMES)

@@ -39,7 +39,7 @@ def caller() -> str:
 
 
 class Count(TorchDispatchMode):
-    """Operators but for views, by who calls them, and those that wait."""
+    """Operators except views, by their caller, and those that wait."""
 
     def __init__(self) -> None:
         super().__init__()

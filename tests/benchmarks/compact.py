@@ -4,7 +4,7 @@
     python -m tests.benchmarks.compact --size 1.1b --rounds 1 --only plain,compact-0.1
     python -m tests.benchmarks.compact --size 2560x24 --only lean-0.1 --limit-gib 12 --return-memory
 
-Every contender runs in processes of its own, as memory that one has let go is not given back to the system for sure; rounds take
+Every contender runs in separate processes, as memory that one has freed may not go back to the system; rounds take
 turns. A contender over the memory limit is stopped, and its row says so.
 """
 

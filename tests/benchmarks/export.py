@@ -1,4 +1,4 @@
-"""The child alone against whole checkpoints: bytes on disk, seconds to write; and seconds to put it onto the base model.
+"""Only the child against whole checkpoints: bytes on disk, seconds to write; and seconds to put it onto the base model.
 
     deepspeed --num_gpus 2 tests/benchmarks/export.py           # prints the README's table
 

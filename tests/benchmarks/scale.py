@@ -3,7 +3,7 @@
     python tests/benchmarks/scale.py
 
 One process stands for one rank: names and counts of parameters, fragments and files are real ones (ZeRO-3), tensors are tiny. Files of
-ranks that nobody asks for are not written. Each line is measured in a process of its own; peak is above what imports take.
+ranks that nobody asks for are not written. Each line is measured in a separate process; peak is above what imports take.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def write_export(folder: Path, names: Sequence[str], world_size: int) -> None:
 
 
 def save_manifest(folder: Path, names: Sequence[str], world_size: int) -> str:
-    """Rank 0: the manifest alone."""
+    """Rank 0: only the manifest."""
     ranks = range(world_size)
     pieces_of = [absent(f"child-{rank:05d}-{0:016x}.safetensors") for rank in ranks]
     files = [absent(f"rank-{rank:05d}.safetensors") for rank in ranks]

@@ -71,7 +71,7 @@ def interleave(contenders: dict[str, Callable[[], object]], rounds: int) -> dict
 
 
 def cpu_name() -> str:
-    """Linux tells it in /proc alone."""
+    """Linux has it only in /proc."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -9,7 +9,7 @@ from tests.support.engines import Weights
 
 
 def bits_equal(a: Tensor, b: Tensor) -> bool:
-    """Unlike `torch.equal`, tells 0.0 from -0.0."""
+    """Unlike `torch.equal`, 0.0 and -0.0 differ."""
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 

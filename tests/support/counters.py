@@ -9,7 +9,7 @@ import torch
 
 
 def counters(engine: Any) -> dict[str, Any]:
-    """What a Fisher pass must leave alone."""
+    """What a Fisher pass must not change."""
     names = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
     scheduler = engine.lr_scheduler.state_dict() if engine.lr_scheduler else None
     training = [module.training for module in engine.module.modules()]

@@ -1,6 +1,6 @@
 """DeepSpeed engines for the tests, and what is inside them.
 
-These functions are collectives: they run on every rank, inside `tests.distributed`.
+These functions are collectives: they run on every rank, inside `tests.support.ranks`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Setup:
     bucket: int = 400
     """Elements of a communication bucket. Small, so that every pass fills several."""
     overlap_comm: bool = False
-    """Reduce on a stream of its own. Without effect on CPUs."""
+    """Reduce on a separate stream. Without effect on CPUs."""
     round_robin: bool = False
     """At ZeRO 1 and 2, flat shards in another order than param groups."""
     zero_init: bool = False

@@ -149,7 +149,7 @@ class _Wires:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def watch_files(self, folder: str) -> None:
-        """By the interpreter's audit events; writing inside C++ is seen by `watch_saves` alone."""
+        """By the interpreter's audit events; writing inside C++ is seen only by `watch_saves`."""
         changes = {"os.rename": 2, "os.remove": 1, "os.mkdir": 1, "os.rmdir": 1}
 
         def audit(event: str, arguments: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Optimizers that break, each in one way, what a child rests on. All are gradient descent but for that."""
+"""Optimizers that break, each in one way, what a child rests on. Otherwise all are gradient descent."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class OwnCount(Descent):
 
 
 class NeedsLength(Descent):
-    """Cannot be made from hyper-parameters alone; and moves what has no gradient."""
+    """Cannot be made from hyper-parameters only; and moves what has no gradient."""
 
     def __init__(self, params: Params, steps: int, lr: float = 1e-2) -> None:
         super().__init__(params, lr)
@@ -131,7 +131,7 @@ class WaitsOnce(Descent):
 
 
 class EveryFifth(Descent):
-    """Sums gradients up, and moves in every fifth step alone."""
+    """Sums gradients up, and moves only in every fifth step."""
 
     def update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         state["sum"] = state.get("sum", torch.zeros_like(p)) + g

@@ -131,7 +131,7 @@ def oracle_fisher(family: str, dtype: torch.dtype) -> Weights:
 
 
 def check_task_driven_masks(cell: Cell, masks: Weights) -> None:
-    """They are those of a full sort of the oracle's scores, but for elements whose score is the threshold up to rounding."""
+    """They are those of a full sort of the oracle's scores, except for elements whose score is the threshold up to rounding."""
     scores = oracle_fisher(cell.setup.family, cell.setup.dtype)
     assert masks.keys() == scores.keys()
     k = round(P * sum(s.numel() for s in scores.values()))

@@ -4,7 +4,7 @@ One spawn, many cases: `Ranks` starts its processes once and then runs one funct
 calls `ranks.run(function, ...)` and gets what the function returned on each rank; what is proven is asserted by the test
 itself, in pytest's process. World size 1 takes the same path.
 
-A rank that raises, dies or hangs fails the running test alone: its traceback (for a hang, its stack) is in the failure, the
+A rank that raises, dies or hangs fails only the running test: its traceback (for a hang, its stack) is in the failure, the
 processes are killed, and the next test starts fresh ones.
 """
 
@@ -206,7 +206,7 @@ def _devices(world_size: int) -> int:
 
 
 def _backend(world_size: int) -> str:
-    """The accelerator's, but for ranks that share a device, which nccl refuses."""
+    """The accelerator's, except for ranks that share a device, which nccl refuses."""
     own = get_accelerator().device_name() != "cpu" and _devices(world_size) == world_size
     return str(get_accelerator().communication_backend_name()) if own else "gloo"
 
