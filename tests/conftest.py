@@ -11,7 +11,7 @@ import torch
 
 from tests.support.ranks import RankPool
 
-SLOW = {"test_launch.py", "test_gpu_script.py", "test_crashes.py", "test_docs.py"}
+SLOW = {"test_launch.py", "test_gpu_script.py", "test_crashes.py"}
 """Files whose tests start processes of their own."""
 
 QUICK = (
