@@ -90,7 +90,7 @@ def without_compiler(folder: Path) -> dict[str, str]:
     tools = folder / "bin"
     if not tools.exists():
         tools.mkdir()
-        for tool in ("bash", "env", "hostname", "python3", "uname"):
+        for tool in ("bash", "dirname", "env", "hostname", "python3", "uname"):
             found = shutil.which(tool)
             if found:
                 (tools / tool).symlink_to(found)
