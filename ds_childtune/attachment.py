@@ -24,8 +24,10 @@ class Attachment:
     engine: Any
     config: ChildTuningConfig
     parameters: Parameters
-    eligible: frozenset[str]
+    candidates: frozenset[str]
     """Names of the parameters that the child is chosen from."""
+    eligible: frozenset[str]
+    """Names of the parameters that have a mask: `candidates`, and with `others: "frozen"` all, of which the rest is outside."""
     shards: tuple[FlatShard, ...]
     """Of this rank, with DeepSpeed's own flat shards as tensors."""
     behaviour: Behaviour
@@ -47,8 +49,8 @@ class Attachment:
     # ---------------------------------------------------------------- frozen parameters
 
     def trainable(self) -> frozenset[str]:
-        """Eligible parameters that are not frozen at the moment. A child is chosen from these; the others are outside it."""
-        return frozenset(name for name in self.eligible if self.parameters.by_name[name].requires_grad)
+        """Candidates that are not frozen at the moment. A child is chosen from these; the others are outside it."""
+        return frozenset(name for name in self.candidates if self.parameters.by_name[name].requires_grad)
 
     def trainable_shards(self) -> tuple[FlatShard, ...]:
         """`shards`, in which only `trainable` parameters are eligible."""
@@ -85,21 +87,22 @@ class Attachment:
     def eligible_name(self, name: str) -> str:
         """`first_name` of an eligible parameter. A collective. Raises ValueError for another one."""
         first = self.first_name(name)
-        if first not in self.eligible:
+        if first not in self.candidates:
             raise ValueError(
                 f"expected an eligible parameter, got {name!r}, which trains in full or not at all. Remedy: use for example"
-                f" {min(self.eligible)}."
+                f" {min(self.candidates)}."
             )
         return first
 
     def __str__(self) -> str:
         """What is eligible, in one line."""
-        dense = [name for name in self.parameters.by_name if name not in self.eligible]
-        names = sorted(self.eligible)
+        others = [name for name in self.parameters.by_name if name not in self.candidates]
+        train = "are frozen" if self.config.others == "frozen" else "train dense"
+        names = sorted(self.candidates)
         return (
             f"{self.config.mode} attached, reserve_p {self.config.reserve_p}: {self._numel(names):,} elements in"
-            f" {len(names)} parameters are eligible ({names[0]} .. {names[-1]}); {len(dense)} parameters train dense"
-            f" ({_some(dense)}){self._outside_the_optimizer()}"
+            f" {len(names)} parameters are eligible ({names[0]} .. {names[-1]}); {len(others)} parameters {train}"
+            f"{_some(others)}{self._outside_the_optimizer()}"
         )
 
     def _outside_the_optimizer(self) -> str:
@@ -108,7 +111,7 @@ class Attachment:
             return ""
         return (
             f"; {len(names)} trainable parameters of {self._numel(names):,} elements are not in the optimizer, so they do not"
-            f" train ({_some(names)})"
+            f" train{_some(names)}"
         )
 
     def _numel(self, names: Iterable[str]) -> int:
@@ -116,5 +119,6 @@ class Attachment:
 
 
 def _some(names: Iterable[str]) -> str:
+    """(a, b, ...), or nothing."""
     first = list(names)
-    return f"{', '.join(first[:4])}{', ...' if len(first) > 4 else ''}"
+    return f" ({', '.join(first[:4])}{', ...' if len(first) > 4 else ''})" if first else ""

@@ -67,10 +67,13 @@ class ChildTuningConfig(_Block):
 
     include: tuple[str, ...] | None = None
     """Glob patterns of eligible parameter names. Null: ChildTuning-F takes every parameter, ChildTuning-D those inside the
-    model's repeated blocks. Every other parameter is dense: trained in full."""
+    model's repeated blocks. What the others do is `others`."""
 
     exclude: tuple[str, ...] = ()
     """Glob patterns taken out of `include` again."""
+
+    others: Literal["dense", "frozen"] = "dense"
+    """ChildTuning-D: whether parameters that are not eligible train in full, or not at all."""
 
     selector: Literal["fisher", "random", "lowest_fisher", "magnitude", "contrast"] = "fisher"
     """ChildTuning-D: what the child maximises. `random`, `lowest_fisher` and `magnitude` are the paper's ablations: random elements,
@@ -102,7 +105,7 @@ class ChildTuningConfig(_Block):
     @model_validator(mode="after")
     def _keys_of_the_other_mode(self) -> Self:
         if self.mode == "ChildTuning-F":
-            for key in ("selector", "clip", "compat", "fisher"):
+            for key in ("others", "selector", "clip", "compat", "fisher"):
                 if key in self.model_fields_set:
                     raise ValueError(
                         f'{key} has no effect with mode "ChildTuning-F": remove it, or use mode "ChildTuning-D"'

@@ -15,11 +15,20 @@ class ParameterReport:
     """Elements that may be masked: `numel` or 0."""
     kept: int
     """Eligible elements inside the child."""
+    frozen: bool = False
+    """Not eligible, and with `others: "frozen"` outside the child."""
+
+    @property
+    def trained(self) -> int:
+        """Elements that train: those kept, or all of a dense parameter."""
+        if self.eligible:
+            return self.kept
+        return 0 if self.frozen else self.numel
 
     @property
     def density(self) -> float:
-        """Kept share of the eligible elements; 1 for a dense parameter."""
-        return self.kept / self.eligible if self.eligible else 1.0
+        """Share of the elements that train: of eligible ones those kept; 1 for a dense parameter."""
+        return self.trained / self.numel if self.numel else 1.0
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,8 @@ class Report:
     mode: str
     reserve_p: float
     parameters: tuple[ParameterReport, ...]
+    model_numel: int = 0
+    """Elements of the whole model, those that the optimizer does not step included."""
     fisher_seconds: float = 0.0
     """Wall time of the calibration pass."""
     selection_seconds: float = 0.0
@@ -63,13 +74,24 @@ class Report:
         """Kept share of the eligible elements."""
         return self.kept / self.eligible if self.eligible else 1.0
 
+    @property
+    def trained(self) -> int:
+        """Elements of the model that train."""
+        return sum(p.trained for p in self.parameters)
+
+    @property
+    def trained_share(self) -> float:
+        """Share of the whole model that trains."""
+        return self.trained / self.model_numel if self.model_numel else 1.0
+
     def __str__(self) -> str:
         masked = [p for p in self.parameters if p.eligible]
         lines = [
             f"{self.mode}: kept {self.kept:,} of {self.eligible:,} eligible elements (density {self.density:.4f},"
             f" reserve_p {self.reserve_p}) in {len(masked)} parameters; {self.numel - self.eligible:,} elements in"
-            f" {len(self.parameters) - len(masked)} parameters train dense"
+            f" {len(self.parameters) - len(masked)} parameters {'are frozen' if self._others_are_frozen else 'train dense'}"
         ]
+        lines += self._shares()
         if masked:
             low, high = min(masked, key=lambda p: p.density), max(masked, key=lambda p: p.density)
             lines.append(f"  density from {low.density:.4f} ({low.name}) to {high.density:.4f} ({high.name})")
@@ -82,6 +104,20 @@ class Report:
         lines += self._warnings()
         return "\n".join(lines)
 
+    @property
+    def _others_are_frozen(self) -> bool:
+        return any(p.frozen for p in self.parameters)
+
+    def _shares(self) -> list[str]:
+        """What trains of the whole model, and what takes most of it: dense embeddings may be far more than the child."""
+        if not self.model_numel:
+            return []
+        largest = sorted((p for p in self.parameters if p.trained), key=lambda p: p.trained, reverse=True)[:3]
+        most = ", ".join(f"{p.name} {p.trained:,}{'' if p.eligible else ' dense'}" for p in largest)
+        return [
+            f"  {self.trained:,} of the model's {self.model_numel:,} elements train ({100 * self.trained_share:.2f} %); most in {most}"
+        ]
+
     def _warnings(self) -> list[str]:
         lines = []
         names = self.zero_parameters
@@ -89,7 +125,8 @@ class Report:
             lines.append(
                 f"  WARNING: every score is zero in {len(names)} eligible parameters ({', '.join(names[:3])}"
                 f"{', ...' if len(names) > 3 else ''}), as for LoRA's A while B is zero: nothing is known of their elements."
-                " Remedy: attach and select after a few training steps, or add them to child_tuning.exclude."
+                " Remedy: attach and select after a few training steps, with a Trainer ChildTuningCallback(select_at=10), or add them"
+                " to child_tuning.exclude."
             )
         if self.zero_kept:
             most = (self.kept - self.zero_kept) / self.eligible

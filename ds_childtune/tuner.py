@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ds_childtune.attachment import Attachment
 from ds_childtune.checkpoint import Checkpoints
+from ds_childtune.checkpoint.given import find_child, saved_masks
 from ds_childtune.checkpoint.run_record import Progress
 from ds_childtune.child.network import ChildNetwork
 from ds_childtune.child.optimizer_check import put_back, tried
@@ -26,6 +27,7 @@ from ds_childtune.selection.contrast import check_against, contrast
 from ds_childtune.selection.eligible import eligible_names
 from ds_childtune.selection.fisher import Fisher
 from ds_childtune.selection.fisher_pass import estimate_fisher
+from ds_childtune.selection.given import GivenMask, Unnamed, check_arguments, given_masks, match_names
 from ds_childtune.selection.loss import LossFunction, default_loss
 from ds_childtune.selection.rounds import check_batches
 from ds_childtune.selection.selectors import (
@@ -70,7 +72,8 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
         parsed = parse_config(config if config is not None else child_tuning_block(engine))
         refuse_unsupported_engine(engine)
         parameters = read_parameters(engine)
-        eligible = eligible_names(engine.module, tuple(parameters.by_name), parsed)
+        candidates = eligible_names(engine.module, tuple(parameters.by_name), parsed)
+        eligible = frozenset(parameters.by_name) if parsed.others == "frozen" else candidates
         shards = mark_eligible(read_flat_shards(engine, parameters), eligible)
         if parsed.clip == "child":
             refuse_unsupported_clip(engine)
@@ -88,7 +91,7 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
             shard.flat().narrow(0, start, numel).zero_()
     if parsed.optimizer_state == "compact":
         share_masters(engine)
-    return ChildTuner(Attachment(engine, parsed, parameters, eligible, shards, behaviour))
+    return ChildTuner(Attachment(engine, parsed, parameters, candidates, eligible, shards, behaviour))
 
 
 class ChildTuner:
@@ -121,6 +124,11 @@ class ChildTuner:
     def step(self) -> int:
         """Applied optimizer steps since `attach`; steps that DeepSpeed skips for an overflow do not count."""
         return self._hooks.progress.step
+
+    @property
+    def chosen(self) -> bool:
+        """Whether there is a child: always with ChildTuning-F, else after `select`, or the load of a checkpoint that has one."""
+        return self._hooks.child is not None
 
     # ---------------------------------------------------------------- ChildTuning-D
 
@@ -168,13 +176,25 @@ class ChildTuner:
         loss_fn: LossFunction | None = None,
         *,
         against: Iterable[Any] | None = None,
+        masks: Mapping[str, GivenMask] | None = None,
+        child: str | Path | None = None,
+        unnamed: Unnamed = "frozen",
     ) -> Report:
-        """Fix the child: exactly round(reserve_p * eligible) elements with the largest scores. A collective.
+        """Fix the child. A collective.
+
+        Of Fisher information, or another `selector`: exactly round(reserve_p * eligible) elements with the largest scores. Or your
+        own child, `masks`; or that of an export or a checkpoint, `child`. `reserve_p` and `selector` have no part in these.
 
         Args:
             batches: calibration micro-batches, see `estimate_fisher`; may be None for a selector that needs none.
             loss_fn: see `estimate_fisher`.
             against: for selector `contrast`, micro-batches of general text that the model is to keep; see [Note: contrast].
+            masks: which elements train, by the name of an eligible parameter or a glob pattern: a bool tensor of its shape, row
+                numbers, "nonzero", or a function of its shape; see [Note: masks that are given].
+            child: a folder: what `export` wrote, a checkpoint's tag, or a checkpoint folder, whose latest tag is taken. Only its
+                mask is read.
+            unnamed: "frozen" or "dense": whether eligible parameters that `masks` or `child` does not have are outside the child or
+                train in full.
 
         Raises:
             ValueError: on every rank, for no batches, NaN or inf, or an eligible parameter that never got a gradient.
@@ -189,6 +209,10 @@ class ChildTuner:
         self._check_attached()
         self._check_between_steps("select")
         self._check_some_are_open()
+        with raising_together():
+            check_arguments(batches, against, masks, child, unnamed)
+        if masks is not None or child is not None:
+            return self._select_given(masks, child, unnamed)
         started = time.perf_counter()
         scores, terms = self._scores(batches, loss_fn, against)
         scored = time.perf_counter()
@@ -196,17 +220,9 @@ class ChildTuner:
         numel = self._trainable_numel()
         cut = cut_at(scores, eligible, numel, self.config.reserve_p)
         known = positive(scores, eligible) if self.config.selector in ("fisher", "magnitude", "contrast") else None
-        masks = masks_inside(self.attachment.trainable_shards(), scores, cut)
-        before = self._hooks.progress
-        trained_before = self._hooks.child is not None and before.step > before.selected_at
-        self._hooks.fix(self.attachment.without_frozen(masks))
-        self._hooks.progress = Progress(
-            before.step,
-            selected_at=before.step,
-            earlier_children=before.earlier_children or trained_before,
-            threshold=None if self.config.selector == "lowest_fisher" else cut.threshold / max(terms, 1),
-            calibration_batches=terms,
-        )
+        inside = masks_inside(self.attachment.trainable_shards(), scores, cut)
+        threshold = None if self.config.selector == "lowest_fisher" else cut.threshold / max(terms, 1)
+        self._fix(inside, threshold, terms)
         report = replace(
             self._report_of(self._hooks.kept),
             fisher_seconds=scored - started if terms else 0.0,
@@ -217,6 +233,38 @@ class ChildTuner:
         self._selected = (self._hooks.chosen_child(), report)
         tell(str(report))
         return report
+
+    def _select_given(
+        self, masks: Mapping[str, GivenMask] | None, child: str | Path | None, unnamed: Unnamed
+    ) -> Report:
+        """See [Note: masks that are given]."""
+        started = time.perf_counter()
+        shards, trainable = self.attachment.trainable_shards(), self.attachment.trainable()
+        shapes = self.attachment.parameters.shapes
+        if masks is not None:
+            with raising_together():
+                found = match_names(masks, trainable, shapes.keys())
+            self._fix(given_masks(shards, found, shapes, unnamed), None, 0)
+        else:
+            assert child is not None
+            self._fix(saved_masks(find_child(Path(child)), shards, shapes, unnamed), None, 0)
+        report = replace(self._report_of(self._hooks.kept), selection_seconds=time.perf_counter() - started)
+        self._selected = (self._hooks.chosen_child(), report)
+        tell(str(report))
+        return report
+
+    def _fix(self, masks: Iterable[Tensor], threshold: float | None, terms: int) -> None:
+        """Train the child of these masks, and note where it was chosen."""
+        before = self._hooks.progress
+        trained_before = self._hooks.child is not None and before.step > before.selected_at
+        self._hooks.fix(self.attachment.without_frozen(masks))
+        self._hooks.progress = Progress(
+            before.step,
+            selected_at=before.step,
+            earlier_children=before.earlier_children or trained_before,
+            threshold=threshold,
+            calibration_batches=terms,
+        )
 
     def _scores(
         self, batches: Iterable[Any] | None, loss_fn: LossFunction | None, against: Iterable[Any] | None
@@ -251,7 +299,7 @@ class ChildTuner:
 
     def _check_some_are_open(self) -> None:
         """A collective."""
-        eligible, trainable = self.attachment.eligible, self.attachment.trainable()
+        eligible, trainable = self.attachment.candidates, self.attachment.trainable()
         with raising_together():
             if not trainable:
                 raise ValueError(
@@ -336,9 +384,16 @@ class ChildTuner:
 
     def _report_of(self, kept: Iterable[int]) -> Report:
         """`kept`: for each parameter that the optimizer steps."""
-        shapes, eligible = self.attachment.parameters.shapes, self.attachment.eligible
+        shapes, candidates = self.attachment.parameters.shapes, self.attachment.candidates
+        frozen = self.config.others == "frozen"
         parameters = tuple(
-            ParameterReport(name, shapes[name].numel(), shapes[name].numel() if name in eligible else 0, count)
+            ParameterReport(
+                name,
+                shapes[name].numel(),
+                eligible=shapes[name].numel() if name in candidates else 0,
+                kept=count,
+                frozen=frozen and name not in candidates,
+            )
             for name, count in zip(self.attachment.parameters.by_name, kept, strict=True)
         )
         progress = self._hooks.progress
@@ -346,6 +401,7 @@ class ChildTuner:
             self.config.mode,
             self.config.reserve_p,
             parameters,
+            model_numel=sum(shape.numel() for shape in shapes.values()),
             calibration_batches=progress.calibration_batches,
             threshold=progress.threshold,
         )

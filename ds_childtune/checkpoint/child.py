@@ -172,7 +172,7 @@ def check_model(child: SavedChild, shapes: Mapping[str, torch.Size], stored: Ite
             )
 
 
-_BINDING = ("mode", "reserve_p", "seed", "include", "exclude", "optimizer_state", "compat", "clip")
+_BINDING = ("mode", "reserve_p", "seed", "include", "exclude", "others", "optimizer_state", "compat", "clip")
 """Keys of the config that say which child it is, and how it trains."""
 
 
@@ -180,9 +180,11 @@ def check_config(child: SavedChild, config: ChildTuningConfig) -> None:
     """Raise ValueError when the config asks for another child than the checkpoint's."""
     saved, asked = child.manifest.config, json.loads(config.model_dump_json())
     for key in _BINDING:
-        if saved.get(key) != asked[key]:
+        # An older checkpoint lacks keys that came later, whose default it was trained with.
+        had = saved.get(key, ChildTuningConfig.model_fields[key].default)
+        if had != asked[key]:
             raise ValueError(
-                f"child_tuning.{key}: expected {repr(saved.get(key))[:200]}, as in the checkpoint {child.folder.parent}, got"
+                f"child_tuning.{key}: expected {repr(had)[:200]}, as in the checkpoint {child.folder.parent}, got"
                 f" {asked[key]!r}. Remedy: set it back; or, for another child on these weights, load them before select() with"
                 " load_module_only=True."
             )
