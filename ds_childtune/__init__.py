@@ -4,6 +4,8 @@ child = ds_childtune.attach(engine)      # after deepspeed.initialize
 child.select(calibration_batches)        # ChildTuning-D
 """
 
+from typing import TYPE_CHECKING, Any
+
 from ds_childtune._version import __version__
 from ds_childtune.child_files.apply import AppliedChild, apply_child
 from ds_childtune.child_files.format import ChildFileError
@@ -16,10 +18,14 @@ from ds_childtune.zero.compact_parts import can_start_lean
 from ds_childtune.zero.lean_start import lean_start
 from ds_childtune.zero.unattached import watch_steps
 
+if TYPE_CHECKING:
+    from ds_childtune.callback import ChildTuningCallback
+
 __all__ = [
     "AppliedChild",
     "ChildFileError",
     "ChildTuner",
+    "ChildTuningCallback",
     "ChildTuningConfig",
     "FisherConfig",
     "ParameterReport",
@@ -34,5 +40,15 @@ __all__ = [
     "merge",
     "open_child",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`ChildTuningCallback` imports transformers, so only who asks for it pays for that."""
+    if name == "ChildTuningCallback":
+        from ds_childtune.callback import ChildTuningCallback
+
+        return ChildTuningCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 watch_steps()

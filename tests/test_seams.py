@@ -66,6 +66,8 @@ ENGINE = (
     "lr_scheduler",
     "managed_gradient_accumulation()",
     "micro_steps",
+    "monitor.enabled",
+    "monitor.write_events()",
     "module",
     "mpu",
     "pipeline_parallelism",

@@ -7,6 +7,7 @@ upgrade of DeepSpeed fails there first.
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -61,6 +62,21 @@ def is_offloaded(engine: Engine) -> bool:
 def child_tuning_block(engine: Engine) -> object:
     """What the DeepSpeed config, which may have been a path, has under "child_tuning", or None."""
     return engine._config._param_dict.get("child_tuning")
+
+
+def takes_steps(given: object) -> bool:
+    """Whether it is an engine with an optimizer. Those of reference models have none."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    return isinstance(given, DeepSpeedEngine) and given.optimizer is not None and given.basic_optimizer is not None
+
+
+def write_events(engine: Engine, numbers: Mapping[str, float]) -> None:
+    """Into DeepSpeed's monitor (TensorBoard, csv, wandb), where its config has one."""
+    if engine.monitor.enabled:
+        engine.monitor.write_events(
+            [(f"Train/{name}", value, engine.global_samples) for name, value in numbers.items()]
+        )
 
 
 def base_optimizer(engine: Engine) -> torch.optim.Optimizer:

@@ -1,0 +1,224 @@
+"""`ChildTuningCallback`: Child-Tuning in a Hugging Face Trainer, or one of TRL's, in one line.
+
+[Note: one line in a Trainer]
+In a Trainer's `train()` the order is: `deepspeed.initialize`, the checkpoint's load, `on_train_begin`, the first forward pass. A child
+has to be attached between the first two, so that the Trainer's own load brings it, and no event lies there. So from its
+construction until `on_train_begin` the callback stands around `deepspeed.initialize`, and attaches a child to the Trainer's engine as
+it is made. Other engines, such as the reference model's of preference tuning, are passed on. `on_train_begin` then takes
+itself away from `deepspeed.initialize`, and selects a child from the training set, unless a checkpoint has brought one.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import weakref
+from collections.abc import Iterable, Mapping
+from types import FrameType
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from ds_childtune.config import ChildTuningConfig, parse_config
+from ds_childtune.report import Report
+from ds_childtune.selection.loss import LossFunction
+from ds_childtune.tuner import ChildTuner, attach
+from ds_childtune.zero.engine import child_tuning_block, takes_steps, write_events
+from ds_childtune.zero.initialize import around_initialize
+from ds_childtune.zero.overrides import Overrides
+
+
+class ChildTuningCallback(TrainerCallback):
+    """Train a child network in a Trainer on DeepSpeed.
+
+        Trainer(..., callbacks=[ds_childtune.ChildTuningCallback()])
+
+    See [Note: one line in a Trainer]. The Trainer's own `resume_from_checkpoint` carries the child, at any world size.
+
+    Args:
+        config: replaces the `"child_tuning"` block of the DeepSpeed config, for set-ups without such a file.
+        batches: calibration micro-batches of this rank, see `ChildTuner.select`; default: the Trainer's training data loader.
+        loss_fn: see `ChildTuner.select`; default: the Trainer's `compute_loss`, label smoothing and preference losses included.
+        select_at: ChildTuning-D: choose the child after this many optimizer steps. Until then every element trains, as in plain
+            DeepSpeed. For adapters whose first gradients are zero, as LoRA's A are.
+    """
+
+    child: ChildTuner | None
+    """The child that trains; None until `deepspeed.initialize`, and until `select_at`."""
+
+    def __init__(
+        self,
+        config: ChildTuningConfig | Mapping[str, Any] | None = None,
+        *,
+        batches: Iterable[Any] | None = None,
+        loss_fn: LossFunction | None = None,
+        select_at: int = 0,
+    ) -> None:
+        if select_at < 0:
+            raise ValueError(
+                f"select_at: expected 0 or more optimizer steps, got {select_at}. Remedy: leave it out, or pass 1."
+            )
+        self._config = None if config is None else parse_config(config)
+        self._batches = batches
+        self._loss_fn = loss_fn
+        self._select_at = select_at
+        self._model: weakref.ref[nn.Module] | None = None
+        """The Trainer's, once it is known."""
+        self._waiting: Any = None
+        """An engine that trains in full until `select_at`."""
+        self._logged: dict[str, float] = {}
+        """What goes into the next line of logs."""
+        self.child = None
+        self._around = self._stand_around_initialize()
+
+    # ---------------------------------------------------------------- deepspeed.initialize
+
+    def _stand_around_initialize(self) -> Overrides:
+        me = weakref.ref(self)
+
+        def take(engine: Any) -> None:
+            callback = me()
+            if callback is not None:
+                callback._take(engine)
+
+        def block(config: Mapping[str, Any]) -> object:
+            callback = me()
+            if callback is None or callback._select_at:
+                return None
+            given = callback._config
+            return config.get("child_tuning") if given is None else given.model_dump(mode="json", exclude_unset=True)
+
+        around = around_initialize(take, block)
+        # A callback that never comes to train leaves nothing behind.
+        weakref.finalize(self, around.remove)
+        return around
+
+    def _take(self, engine: Any) -> None:
+        """Attach a child to an engine that was just made, if it is the Trainer's."""
+        if not takes_steps(engine) or getattr(engine, "child_tuner", None) is not None:
+            return
+        model = None if self._model is None else self._model()
+        if model is not None and _bare(engine.module) is not _bare(model):
+            return
+        if self._config is None and child_tuning_block(engine) is None:
+            return
+        self.child = attach(engine, self._config)
+
+    # ---------------------------------------------------------------- the Trainer's events
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._model = weakref.ref(kwargs["model"])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._around.remove()
+        trainer = _trainer_of(self)
+        if self.child is None or _bare(self.child.engine.module) is not _bare(kwargs["model"]):
+            self._attach_late(trainer)
+        assert self.child is not None
+        if trainer is not None:  # first, so that the others log what this one adds
+            callbacks = trainer.callback_handler.callbacks
+            callbacks.remove(self)
+            callbacks.insert(0, self)
+        if not self.child.chosen:
+            if state.global_step < self._select_at:
+                self._waiting = self.child.engine
+                self.child.detach()
+                self.child = None
+            else:
+                self._select(trainer, kwargs.get("train_dataloader"))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._waiting is not None and state.global_step >= self._select_at:
+            engine, self._waiting = self._waiting, None
+            self.child = attach(engine, self._config)
+            self._select(_trainer_of(self), kwargs.get("train_dataloader"))
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs.get("logs")
+        if not self._logged or logs is None:
+            return
+        logs.update(self._logged)
+        if state.log_history:
+            state.log_history[-1].update(self._logged)
+        self._logged = {}
+
+    # ---------------------------------------------------------------- the child
+
+    def _attach_late(self, trainer: Any) -> None:
+        """The engine was made before this callback was there."""
+        engine = getattr(trainer, "model_wrapped", None)
+        if not takes_steps(engine):
+            raise RuntimeError(
+                'ChildTuningCallback: expected a Trainer on DeepSpeed whose config has a "child_tuning" block, got none.'
+                ' Remedy: pass deepspeed="config.json" to TrainingArguments, or use accelerate with DeepSpeed; without the block'
+                ' (accelerate drops it from deepspeed_config), pass it here: ChildTuningCallback({"mode": ...}).'
+            )
+        if trainer.state.global_step:
+            raise RuntimeError(
+                "ChildTuningCallback: expected to be there before the Trainer makes its engine and loads its checkpoint, got a"
+                " Trainer that has loaded already. Remedy: pass callbacks=[ChildTuningCallback()] to the Trainer."
+            )
+        if self._config is None and child_tuning_block(engine) is None:
+            raise RuntimeError(
+                'ChildTuningCallback: expected a "child_tuning" block in the DeepSpeed config, got none (accelerate drops it from'
+                ' deepspeed_config). Remedy: pass it here: ChildTuningCallback({"mode": ...}).'
+            )
+        self.child = attach(engine, self._config)
+
+    def _select(self, trainer: Any, train_dataloader: Any) -> None:
+        assert self.child is not None
+        batches = self._batches if self._batches is not None else train_dataloader
+        loss_fn = self._loss_fn
+        if loss_fn is None and trainer is not None:
+
+            def loss_fn(engine: Any, batch: Any) -> Any:
+                return trainer.compute_loss(engine, trainer._prepare_inputs(batch))
+
+        metrics = copy.deepcopy(getattr(trainer, "_metrics", None))  # TRL's compute_loss adds to them
+        report = self.child.select(_closed(batches), loss_fn)
+        if metrics is not None:
+            trainer._metrics = metrics
+        self._logged = _numbers(report)
+        write_events(self.child.engine, self._logged)
+
+
+def _numbers(report: Report) -> dict[str, float]:
+    """What a Trainer logs of a child."""
+    return {
+        "child_density": report.density,
+        "child_fisher_seconds": round(report.fisher_seconds, 3),
+        "child_selection_seconds": round(report.selection_seconds, 3),
+    }
+
+
+def _closed(batches: Any) -> Any:
+    """The same batches; accelerate's data loaders are told that an iteration that was ended early is over."""
+    if not hasattr(batches, "gradient_state"):
+        return batches
+
+    def iterate() -> Iterable[Any]:
+        try:
+            yield from batches
+        finally:
+            if batches in batches.gradient_state.dataloader_references:
+                batches.end()
+
+    return iterate()
+
+
+def _bare(module: Any) -> Any:
+    """The module inside torch.compile's wrapper."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _trainer_of(callback: ChildTuningCallback) -> Any:
+    """The Trainer whose event is being handled: transformers hands a callback everything but it. None where there is none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        handler = getattr(owner, "callback_handler", None)
+        if handler is not None and callback in getattr(handler, "callbacks", ()):
+            return owner
+        frame = frame.f_back
+    return None

@@ -1,0 +1,36 @@
+"""`deepspeed.initialize`, with something around it for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+from ds_childtune.zero.compact_parts import can_start_lean
+from ds_childtune.zero.lean_start import lean_start
+from ds_childtune.zero.overrides import Overrides
+
+
+def around_initialize(take: Callable[[Any], None], block: Callable[[Mapping[str, Any]], object]) -> Overrides:
+    """Until `remove`, hand each engine that `deepspeed.initialize` makes to `take`.
+
+    Args:
+        block: given the DeepSpeed config, where it is a mapping: the `"child_tuning"` block that the engine will train with, or
+            None. Where that lets an engine start lean, it does: see `lean_start`.
+    """
+    import deepspeed
+
+    def initialize(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("config") or kwargs.get("config_params")
+        lean = False
+        if isinstance(config, Mapping):
+            child_tuning = block(config)
+            lean = child_tuning is not None and can_start_lean({**config, "child_tuning": child_tuning})
+        with lean_start() if lean else nullcontext():
+            made = original(*args, **kwargs)
+        take(made[0])
+        return made
+
+    overrides = Overrides()
+    overrides.around(deepspeed, "initialize", initialize)
+    return overrides

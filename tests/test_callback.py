@@ -1,0 +1,232 @@
+"""`callbacks=[ChildTuningCallback()]`: a stock Trainer with that line, and what its users switch on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+
+import ds_childtune
+from tests.support.ranks import RankPool
+from tests.support.trainers import Run, arguments, config, fresh_accelerate, rows, run_of, tiny_gpt2, whole_weights
+
+D = {"mode": "ChildTuning-D", "reserve_p": 0.3}
+COMPACT = D | {"optimizer_state": "compact", "clip": "child"}
+F = {"mode": "ChildTuning-F", "reserve_p": 0.3}
+
+
+def train(
+    folder: str,
+    stage: int,
+    block: dict[str, Any] | None,
+    *,
+    resume: str | bool | None = None,
+    callback: dict[str, Any] | None = None,
+    model: Any = tiny_gpt2,
+    **options: Any,
+) -> Run:
+    with fresh_accelerate():
+        args = arguments(folder, config(stage, block), **options)
+        module = model()
+        before = whole_weights(module)
+        line = ds_childtune.ChildTuningCallback(**(callback or {}))
+        trainer = transformers.Trainer(
+            module, args, train_dataset=rows(40), eval_dataset=rows(8, seed=1), callbacks=[line]
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return run_of(trainer, line, before)
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": (D, {}),
+    "compact, bf16": (COMPACT, {"bf16": True}),
+    "accumulation, checkpointing, label smoothing": (
+        COMPACT,
+        {"gradient_checkpointing": True, "label_smoothing_factor": 0.1, "gradient_accumulation_steps": 3},
+    ),
+    "evaluation, best model": (
+        D,
+        {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "loss"},
+    ),
+}
+
+
+def run_and_resume(folder: str, stage: int) -> dict[str, tuple[Run, Run]]:
+    found = {}
+    for name, (block, options) in OPTIONS.items():
+        place = f"{folder}/{name}"
+        run = train(place, stage, block, **options)
+        found[name] = run, train(place, stage, block, resume=f"{place}/checkpoint-2", **options)
+    return found
+
+
+def check_masked(run: Run, name: str, *, moved: float = 0.5) -> None:
+    assert run.outside_moved() == 0, name
+    assert run.inside_moved() > moved, name
+    assert run.report.density == pytest.approx(0.3, abs=0.01), name
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_stock_trainer_with_one_line(pool: RankPool, tmp_path: Path, stage: int) -> None:
+    """Masked, logged, and resumed by the Trainer's own `resume_from_checkpoint`, bit for bit, by one load."""
+    for found in pool[2].run(run_and_resume, str(tmp_path), stage):
+        for name, (run, resumed) in found.items():
+            check_masked(run, name, moved=0.2)
+            assert run.step == resumed.step == (2 if "best" in name and run.step == 2 else 4), name
+            assert all(torch.equal(run.end[n], resumed.end[n]) for n in run.end), name
+            assert all(torch.equal(run.masks[n], resumed.masks[n]) for n in run.masks), name
+            first = next(line for line in run.logs if "loss" in line)
+            assert first["child_density"] == run.report.density, name
+            assert first["child_fisher_seconds"] > 0, name
+            assert sum("child_density" in line for line in run.logs) == 1, name
+
+
+def interrupted(folder: str) -> Run:
+    return train(folder, 3, COMPACT, max_steps=2)
+
+
+def resumed_elsewhere(folder: str, stage: int) -> Run:
+    return train(folder, stage, COMPACT, resume=True)
+
+
+def test_the_trainer_s_load_at_another_world_size_and_stage(pool: RankPool, tmp_path: Path) -> None:
+    before = pool[2].run(interrupted, str(tmp_path))[0]
+    for world_size, stage in ((1, 3), (2, 2)):
+        for run in pool[world_size].run(resumed_elsewhere, str(tmp_path), stage):
+            assert all(torch.equal(run.masks[n], before.masks[n]) for n in before.masks), (world_size, stage)
+            assert run.step == run.logs[-1]["step"] > 2
+            moved = {n: run.end[n] != before.end[n] for n in before.end}
+            assert not any((moved[n] & ~m).any() for n, m in before.masks.items()), "outside, between the two runs"
+            assert any(m.any() for m in moved.values()), "vacuous"
+
+
+def without_a_block(folder: str) -> dict[str, Run]:
+    """accelerate drops a block that it does not know; then it is an argument. And ChildTuning-F."""
+    return {
+        "D": train(f"{folder}/d", 2, None, callback={"config": D}),
+        "F": train(f"{folder}/f", 2, None, callback={"config": F}),
+        "own batches": train(
+            f"{folder}/b", 2, D, callback={"batches": [dict(torch.utils.data.default_collate(rows(2)))]}
+        ),
+    }
+
+
+def test_the_block_as_an_argument(pool: RankPool, tmp_path: Path) -> None:
+    for found in pool[2].run(without_a_block, str(tmp_path)):
+        for name in ("D", "own batches"):
+            check_masked(found[name], name)
+        assert found["own batches"].report.calibration_batches == 2  # one on each rank
+        assert found["F"].step == 4
+        assert found["F"].report.mode == "ChildTuning-F"
+
+
+def lora(folder: str) -> tuple[Run, Run, list[str]]:
+    """LoRA's A has a gradient of zero until B has moved, so the child is chosen after two steps."""
+    import peft
+
+    def adapted() -> Any:
+        transformers.set_seed(0)
+        shape = peft.LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+        return peft.get_peft_model(tiny_gpt2(), shape)
+
+    block = COMPACT | {"include": ["*lora_*"]}
+    run = train(f"{folder}/at 2", 2, block, model=adapted, callback={"select_at": 2}, max_steps=6, save_steps=4)
+    again = train(
+        f"{folder}/at 2",
+        2,
+        block,
+        model=adapted,
+        callback={"select_at": 2},
+        max_steps=6,
+        resume=f"{folder}/at 2/checkpoint-4",
+    )
+    at_once = train(f"{folder}/at 0", 2, block, model=adapted)
+    return run, again, [str(run.report), str(at_once.report)]
+
+
+def test_a_child_of_lora_is_chosen_later(pool: RankPool, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    for run, again, (later, at_once) in pool[2].run(lora, str(tmp_path)):
+        assert run.step == again.step == 4, "of six steps, two were before the child"
+        assert all(torch.equal(run.end[n], again.end[n]) for n in run.end), "resumed by the Trainer, bit for bit"
+        assert "every score is zero" in at_once
+        assert "select_at" in at_once
+        assert "every score is zero" not in later
+
+
+def refusals(folder: str) -> list[str]:
+    said = []
+
+    def told(action: Any) -> None:
+        with pytest.raises((RuntimeError, ValueError), match="Remedy: ") as error:
+            action()
+        said.append(str(error.value))
+
+    told(lambda: ds_childtune.ChildTuningCallback(select_at=-1))
+    told(lambda: ds_childtune.ChildTuningCallback({"mode": "D"}))
+    told(lambda: train(folder, 2, None))
+    with fresh_accelerate():
+        args = transformers.TrainingArguments(output_dir=folder, use_cpu=True, report_to=[], max_steps=1)
+        trainer = transformers.Trainer(
+            tiny_gpt2(), args, train_dataset=rows(8), callbacks=[ds_childtune.ChildTuningCallback()]
+        )
+        told(trainer.train)
+    return said
+
+
+def test_what_the_callback_refuses(pool: RankPool, tmp_path: Path) -> None:
+    for said in pool[2].run(refusals, str(tmp_path)):
+        assert ["select_at" in said[0], "child_tuning" in said[1]] == [True, True]
+        assert "ChildTuningCallback({" in said[2]
+        assert "deepspeed=" in said[3]
+
+
+class Recorder(transformers.TrainerCallback):
+    """What a logger such as TensorBoard's is handed."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.append(dict(kwargs["logs"]))
+
+
+def logged(folder: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """By another callback, which was there before ours; and by DeepSpeed's monitor."""
+    monitor = {"enabled": True, "output_path": folder, "job_name": "job"}
+    with fresh_accelerate():
+        args = arguments(f"{folder}/out", config(2, D, csv_monitor=monitor))
+        recorder, line = Recorder(), ds_childtune.ChildTuningCallback()
+        trainer = transformers.Trainer(tiny_gpt2(), args, train_dataset=rows(40), callbacks=[recorder, line])
+        trainer.train()
+        assert line.child is not None
+        line.child.detach()
+    dist.barrier()
+    return recorder.seen, sorted(path.name for path in Path(folder).glob("job/*.csv"))
+
+
+def test_loggers_see_the_child(pool: RankPool, tmp_path: Path) -> None:
+    for seen, files in pool[2].run(logged, str(tmp_path)):
+        assert 0 < seen[0]["child_density"] < 1
+        assert "Train_child_density.csv" in files
+
+
+def left_behind() -> tuple[bool, bool, bool]:
+    """Whether `deepspeed.initialize` is as it was: after a callback that never trained, and between."""
+    original = deepspeed.initialize
+    line = ds_childtune.ChildTuningCallback({"mode": "ChildTuning-D", "reserve_p": 0.3})
+    during = deepspeed.initialize is original
+    del line
+    import gc
+
+    gc.collect()
+    return during, deepspeed.initialize is original, dist.is_initialized()
+
+
+def test_initialize_is_not_left_replaced(pool: RankPool) -> None:
+    assert pool[2].run(left_behind) == [(False, True, True)] * 2
