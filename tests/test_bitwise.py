@@ -19,7 +19,7 @@ from tests.support.ranks import RankPool
 from tests.support.reference import distance
 
 P = 0.3
-STEPS = 4
+STEPS = 3
 D = "ChildTuning-D"
 
 
@@ -99,7 +99,7 @@ def test_p_1_in_the_middle_of_training_is_plain_deepspeed(pool: RankPool, name: 
 
 def check_plain(outcomes: list[tuple[Run, Run]]) -> None:
     for plain, tuned in outcomes:
-        assert distance(plain.end, plain.start) > 0.1, "vacuous: nothing moved"
+        assert distance(plain.end, plain.start) > 0.05, "vacuous: nothing moved"
         assert equal_bits(plain.end, tuned.end)
         assert equal_bits(plain.forward, tuned.forward)
         assert plain.counters == tuned.counters
@@ -121,11 +121,11 @@ class Moves:
 def run_complement(setup: Setup, **extra: Any) -> Moves:
     """A dense past, whose moments must not move the complement; then a child."""
     with engine_of(setup, **extra) as engine:
-        train(engine, setup, 0, 2)
+        train(engine, setup, 0, 1)
         child = ds_childtune.attach(engine, {"mode": D, "reserve_p": P})
         child.select(calibration(setup))
         before = master_weights(engine)
-        train(engine, setup, 2, 2 + STEPS)
+        train(engine, setup, 1, 1 + STEPS)
         masks = {p.name: child.gather_mask(p.name) for p in child.report().parameters}
         moves = Moves(
             type(getattr(engine.optimizer, "optimizer", engine.optimizer)).__name__,

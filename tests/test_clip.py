@@ -16,7 +16,7 @@ from tests.support.engines import Optimizer, Setup, Weights, engine_of, master_w
 from tests.support.models import batches, build, deal
 from tests.support.ranks import RankFailure, RankPool
 
-P, STEPS, CLIP = 0.2, 3, 0.05
+P, STEPS, CLIP = 0.2, 2, 0.05
 SGD = Optimizer("SGD", {"lr": 0.3, "momentum": 0.9})
 
 

@@ -23,7 +23,7 @@ from tests.support.models import batches, deal
 from tests.support.places import GLOBAL_BATCH, Place, State, setup_of
 from tests.support.ranks import RankPool
 
-STEPS = 2
+STEPS = 1
 """Of each leg."""
 
 

@@ -20,7 +20,7 @@ from tests.support.listed_optimizers import OFFLOADED, OPTIMIZERS
 from tests.support.models import batches, deal
 from tests.support.ranks import RankPool
 
-STEPS = 2
+STEPS = 1
 """Of each of the four parts of a life."""
 
 LISTED = {

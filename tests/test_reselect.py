@@ -22,7 +22,7 @@ from tests.support.engines import Optimizer, Setup, Weights, engine_of, master_w
 from tests.support.models import batches, build, deal
 from tests.support.ranks import RankPool
 
-P, STEPS = 0.3, 3
+P, STEPS = 0.3, 2
 ADAM = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
 BASE = Setup("llama", accumulation=2, optimizer=Optimizer("AdamW", {**ADAM, "torch_adam": True}))
 SETUPS = {

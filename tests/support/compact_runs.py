@@ -14,7 +14,7 @@ from ds_childtune.zero.engine import base_optimizer
 from tests.support.engines import Optimizer, Setup, Weights, engine_of, master_weights, model_weights, train_step
 from tests.support.models import batches, deal
 
-P, STEPS = 0.3, 3
+P, STEPS = 0.3, 2
 
 SGD = Optimizer("SGD", {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1})
 

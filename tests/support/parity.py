@@ -19,7 +19,7 @@ from tests.support.ranks import RankPool
 
 P = 0.3
 
-STEPS = 3
+STEPS = 2
 
 CALIBRATION = 5
 """Micro-batches over all ranks: at 2 and 4 ranks some have one more than others."""
@@ -170,7 +170,7 @@ def check_against_the_oracle(pool: RankPool, cell: Cell, record_property: Callab
     expected = oracle_weights(cell, first.start, child)
     moved = reference.distance(expected, first.start)
     unmasked = reference.distance(oracle_weights(cell, first.start, None), expected)
-    assert moved > 0.1, "vacuous: nothing moved"
+    assert moved > 0.05, "vacuous: nothing moved"
     assert unmasked > 0.2 * moved, "vacuous: masks make no difference"
     if cell.setup.clip:
         steps = step_batches(cell.setup, cell.world_size)
