@@ -279,6 +279,7 @@ def run(args: Arguments) -> dict[str, Any]:
         "curve": curve.points if args.eval_every is not None else None,
         "train_loss": train_loss,
         "density": report.density if report else 1.0,
+        "optimizer_bytes": optimizer_bytes(engine),
         "trainable": sum(int(getattr(p, "ds_numel", p.numel())) for p in engine.module.parameters() if p.requires_grad),
         "steps": steps,
         "train_examples": len(data.train),
@@ -334,6 +335,16 @@ class Curve:
 
     def _of(self, rows: Dataset, base: Logits | None = None) -> dict[str, float]:
         return evaluate(self.engine, self.args.task, rows, self.collate, self.args.eval_batch_size, base)
+
+
+def optimizer_bytes(engine: Any) -> int:
+    """Of the tensors that this rank's base optimizer has stepped, and of their moments."""
+    bytes_ = 0
+    for stepped, state in engine.basic_optimizer.state.items():
+        moments = [v for v in state.values() if torch.is_tensor(v) and v.dim()]
+        # A compact child's flat shard keeps an entry without moments.
+        bytes_ += sum(t.numel() * t.element_size() for t in ([stepped, *moments] if moments else []))
+    return bytes_
 
 
 def step_count(config: dict[str, Any], examples: int, epochs: float) -> int:

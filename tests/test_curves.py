@@ -37,6 +37,7 @@ def result(method: str, seed: int, lr: float, losses: list[float], general: list
         "curve": points if method == "full" else points[1:],
         "trainable": {"LoRA r=16": LORA_16, "LoRA r=64": LORA_64}.get(method, WHOLE),
         "density": settings["reserve_p"] if child else 1.0,
+        "optimizer_bytes": 12_000,
         "seconds": {"total": 1.0},
     }
 
@@ -94,13 +95,13 @@ def test_the_table(tmp_path: Path) -> None:
     runs = curves.runs_of(LM, example())
     rows = {row[0]: row for row in curves.table(LM, runs)}
     full, low, lora, child = (rows[m] for m in ("full", "full x 0.2", "LoRA r=16", "contrast p=.05"))
-    assert full[1:] == ["5e-05", "3", "12.00", "6.00", "3.000 ± 0.000", "1.000 ± 0.000", *full[7:]]
-    assert full[7] == "3.500 ± 0.000"
+    assert full[1:] == ["5e-05", "3", "12.00", "12.00", "6.00", "3.000 ± 0.000", "1.000 ± 0.000", *full[8:]]
+    assert full[8] == "3.500 ± 0.000"
     assert low[1:3] == ["1e-05", "3"]
-    assert low[7] == "not reached"
-    assert lora[3:5] == [f"{LORA_16 * 14 / WHOLE:.2f}", f"{LORA_16 * 6 / WHOLE:.2f}"]
-    assert child[3:5] == ["0.80", "6.00"], "5 % of 16 bytes; gradients and weights are sent whole"
-    assert child[7] == "3.402 ± 0.001"
+    assert low[8] == "not reached"
+    assert lora[3:6:2] == [f"{LORA_16 * 14 / WHOLE:.2f}", f"{LORA_16 * 6 / WHOLE:.2f}"]
+    assert child[3:6:2] == ["0.80", "6.00"], "5 % of 16 bytes; gradients and weights are sent whole"
+    assert child[8] == "3.402 ± 0.001"
     curves.draw(LM, runs, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 

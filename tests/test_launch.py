@@ -220,7 +220,17 @@ def test_adapters_train_in_place_of_weights(pool: RankPool, folder: Path) -> Non
     # Of each of two blocks: rank 2 times inputs plus outputs of its four linear maps.
     assert few["trainable"] == 2 * 2 * ((16 + 48) + (16 + 16) + (16 + 64) + (64 + 16))
     assert all_["trainable"] > few["trainable"]
+    assert few["optimizer_bytes"] == 12 * few["trainable"]
+    assert all_["optimizer_bytes"] == 12 * all_["trainable"]
     assert few["metrics"] != all_["metrics"]
+
+
+def test_bytes_of_a_compact_child(pool: RankPool, folder: Path) -> None:
+    """As the second study measures them: masters and two moments for the child's elements only."""
+    lm = LANGUAGE | {"model": f"{folder}/gpt2", "ds_config": ROOT / "launch" / "study" / "lm_zero2.json"}
+    child = in_process(pool, folder, ranks=1, **lm)
+    assert child["optimizer_bytes"] == 12 * round(child["density"] * child["trainable"])
+    assert child["density"] == pytest.approx(0.05, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,18 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from tests.support.study_jobs import GRID, ROOT, SENTENCES, STUDY, found, grid, study, study_grid, study_report
+from tests.support.study_jobs import (
+    GRID,
+    ROOT,
+    SENTENCES,
+    STUDY,
+    found,
+    grid,
+    study,
+    study_grid,
+    study_regime,
+    study_report,
+)
 
 
 def line(of: study_grid.Grid, job: study_grid.Job, score: float, **changes: Any) -> dict[str, Any]:
@@ -137,6 +148,79 @@ def test_rates_of_a_methods_own_and_a_multiple_of_anothers() -> None:
     assert "max_steps" not in whole_
     assert "also_eval" not in short
     assert set(whole_["also_eval"]) == {"general"}
+
+
+def test_a_rate_that_is_given_is_not_tuned() -> None:
+    of = grid(methods={"a": {"lr": 3e-4}, "low a": {"lr_of": "a", "lr_factor": 0.5}, "b": {}})
+    assert {j.method for j in study_grid.tuning_jobs(of, "t", None)} == {"b"}
+    assert {(j.method, j.lr) for j in study_grid.reported_jobs(of, "t", None, [])} == {("a", 3e-4), ("low a", 1.5e-4)}
+
+
+def test_flipped_labels(tmp_path: Path) -> None:
+    """A draw of the seed's, of which a share has the other label; the second file is that share."""
+    rows = [{"a": str(i), "b": "x", "label": i % 2} for i in range(50)]
+    file = write(tmp_path / "train.jsonl", rows)
+
+    def drawn(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        whole_, only = study.flipped(file, 0.4, 20, seed, tmp_path)
+        read = [[json.loads(text) for text in path.read_text().splitlines()] for path in (whole_, only)]
+        return read[0], read[1]
+
+    whole_, only = drawn(1)
+    wrong = [row for row in whole_ if row["label"] != int(row["a"]) % 2]
+    assert (len(whole_), len(wrong)) == (20, 8)
+    assert sorted(r["a"] for r in wrong) == sorted(r["a"] for r in only)
+    assert all(row in whole_ for row in only)
+    assert drawn(1) == (whole_, only)
+    assert drawn(2)[0] != whole_
+
+
+def test_flipped_labels_are_trained_on_and_asked_for(tmp_path: Path) -> None:
+    start_inputs(tmp_path)
+    of = grid(tasks={"t": SENTENCES | {"flip": 0.5}})
+    job = study_grid.Job("t", "D", 1, 1e-4)
+    options = study.options_of(of, job, str(tmp_path), tmp_path)
+    assert options["train_file"] == tmp_path / "flipped-train.jsonl"
+    assert options["also_eval"] == [f"flipped={tmp_path}/flipped-only.jsonl"]
+    assert options["eval_file"] == tmp_path / "t" / "validation.jsonl"
+    assert study_grid.settings_of(of, job)["flip"] == 0.5
+
+
+def test_part_b_by_hand() -> None:
+    """Beside vanilla at the same rate; a run that is not above the largest class has failed."""
+    methods: dict[str, Any] = {
+        "vanilla 1e-4": {"method": "plain", "lr": 1e-4},
+        "vanilla 3e-4": {"method": "plain", "lr": 3e-4},
+        "D 3e-4": {"method": "ChildTuning-D", "reserve_p": 0.3, "lr": 3e-4},
+    }
+    of = grid(tasks={"t": SENTENCES | {"failed_at": 0.5}}, methods=methods, seeds=[1, 2, 3, 4])
+    scores = {
+        "vanilla 1e-4": [0.7, 0.8],
+        "vanilla 3e-4": [0.5, 0.9, 0.4, 0.8],
+        "D 3e-4": [0.7, 0.71, 0.72, float("nan")],
+    }
+    lines = [
+        line(of, study_grid.Job("t", m, i + 1, methods[m]["lr"]), s) | {"also": {"flipped": {"accuracy": 0.25}}}
+        for m, of_seeds in scores.items()
+        for i, s in enumerate(of_seeds)
+    ]
+    low, high, child = study_regime.rows(of, [r for r in lines if r["metrics"]["accuracy"] == r["metrics"]["accuracy"]])
+    assert low == ["t (accuracy)", "all", "vanilla 1e-4", "2", "75.00 ± 7.07", "0", "", "", "", "", "25.00 ± 0.00"]
+    assert high[3:6] == ["4", "65.00 ± 23.80", "2"]
+    assert child[3:8] == ["3", "71.00 ± 1.00", "0", "3", "+11.00"]
+    # Distances from the medians, 65 and 71: 15, 25, 25, 15 and 1, 0, 1.
+    assert float(child[9]) == pytest.approx(_one_way([15, 25, 25, 15], [1, 0, 1]), abs=1e-3)
+    assert study_regime.rows(of, lines)[2][5] == "1", "a run that has diverged has failed"
+
+
+def _one_way(*groups: list[float]) -> float:
+    """p of a one-way analysis of variance."""
+    from scipy import stats
+
+    everything = np.concatenate(groups)
+    between = sum(len(g) * (np.mean(g) - everything.mean()) ** 2 for g in groups) / (len(groups) - 1)
+    within = sum(np.square(np.asarray(g) - np.mean(g)).sum() for g in groups) / (len(everything) - len(groups))
+    return float(stats.f.sf(between / within, len(groups) - 1, len(everything) - len(groups)))
 
 
 def test_a_part_of_a_grid_needs_the_tuning_of_its_own_methods_only() -> None:

@@ -57,10 +57,14 @@ class Task(Strict):
     hub: Options = Field(default_factory=dict)
     """Options that name the data set on the hub, for --data hub."""
     binarise: Binarise | None = None
+    flip: float | None = Field(default=None, gt=0, lt=1)
+    """So large a share of the training labels, 0 or 1, is flipped; `also` of a result has the score on those as `flipped`."""
     also_eval: dict[str, Domain] = Field(default_factory=dict)
     """Other domains, by a name for the table."""
     recorded: list[str] = Field(default_factory=list)
     """Other files inside --data that a score depends on: results keep their digests."""
+    failed_at: float | None = None
+    """A run whose score is not above it has failed: the share of the largest class, for accuracy."""
     finetune: Options = Field(default_factory=dict)
 
 
@@ -80,8 +84,8 @@ class Grid(Strict):
     launcher: Options = Field(default_factory=dict)
     tasks: dict[str, Task] = Field(min_length=1)
     methods: dict[str, Options] = Field(min_length=1)
-    """Options of each method; a mapping in place of a value is by task. A list of `lr` is tuned in place of the grid's. `lr_of` names
-    a method whose tuned lr is used, times `lr_factor`. {data} in a value is the folder of --data."""
+    """Options of each method; a mapping in place of a value is by task. A list of `lr` is tuned in place of the grid's, a number is
+    not tuned. `lr_of` names a method whose lr is used, times `lr_factor`. {data} in a value is the folder of --data."""
     tuning: Tuning
     seeds: list[int] = Field(min_length=1)
     train_limits: list[int | None] = [None]
@@ -172,6 +176,7 @@ def settings_of(grid: Grid, job: Job) -> Options:
         "ds_config": digest(ROOT / options["ds_config"]),
         "text_columns": task.text_columns,
         "binarise": task.binarise and task.binarise.model_dump(),
+        "flip": task.flip,
         "also_eval": {name: domain.model_dump() for name, domain in domains_of(grid, job).items()},
     }
     return {key: value for key, value in sorted(settings.items()) if value not in (None, {})}
@@ -211,15 +216,18 @@ def tuning_jobs(grid: Grid, task: str, limit: int | None) -> list[Job]:
 
 
 def tried(grid: Grid, method: str) -> list[float]:
-    """The learning rates that are tried for a method."""
-    return list(grid.methods[method].get("lr", grid.tuning.lr))
+    """The learning rates that are tried for a method; none where it is given."""
+    own = grid.methods[method].get("lr", grid.tuning.lr)
+    return list(own) if isinstance(own, list) else []
 
 
 def reported_jobs(grid: Grid, task: str, limit: int | None, results: Sequence[Options]) -> list[Job]:
     """Jobs of the seeds that are reported; those of a method that is not tuned yet are left out."""
     best = best_lr(grid, results)
     pairs = itertools.product(grid.seeds, grid.methods)
-    lrs = [(seed, method, best.get((task, limit, tuned_as(grid, method)))) for seed, method in pairs]
+    given = {m: of["lr"] for m, of in grid.methods.items() if isinstance(of.get("lr"), float)}
+    of = {m: given.get(tuned_as(grid, m), best.get((task, limit, tuned_as(grid, m)))) for m in grid.methods}
+    lrs = [(seed, method, of[method]) for seed, method in pairs]
     factor = {method: grid.methods[method].get("lr_factor", 1) for method in grid.methods}
     # Rounded, so that a product in a file is the product here.
     return [Job(task, m, seed, float(f"{lr * factor[m]:.6g}"), limit) for seed, m, lr in lrs if lr is not None]
@@ -291,7 +299,7 @@ def line_of(job: Job, result: Options, settings: Options, data: Options, date: s
     return (
         asdict(job)
         | {key: result[key] for key in keep}
-        | {key: result[key] for key in ("curve", "trainable") if result.get(key) is not None}
+        | {key: result[key] for key in ("curve", "trainable", "optimizer_bytes") if result.get(key) is not None}
         | {
             "reserve_p": config.get("child_tuning", {}).get("reserve_p"),
             "zero_stage": config["zero_optimization"]["stage"],

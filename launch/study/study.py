@@ -34,6 +34,7 @@ from queue import SimpleQueue
 from typing import Annotated, Any
 
 import curves
+import regime
 import typer
 from grid import (
     ROOT,
@@ -78,6 +79,19 @@ def file_of(file: Path, binarise: Binarise | None, scratch: Path, *, without: fr
     return copy
 
 
+def flipped(file: Path, share: float, limit: int | None, seed: int, scratch: Path) -> tuple[Path, Path]:
+    """Two files in `scratch`: `limit` rows of `file` of which a share has the other label, and those rows by themselves."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    draw = random.Random(seed)
+    drawn = draw.sample(rows, min(limit or len(rows), len(rows)))
+    wrong = set(draw.sample(range(len(drawn)), round(share * len(drawn))))
+    drawn = [row | {"label": 1 - row["label"]} if i in wrong else row for i, row in enumerate(drawn)]
+    made = scratch / "flipped-train.jsonl", scratch / "flipped-only.jsonl"
+    for path, part in zip(made, (drawn, [drawn[i] for i in sorted(wrong)]), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in part))
+    return made
+
+
 def texts_of(file: Path, columns: str) -> frozenset[str]:
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     return frozenset(row[column] for row in rows for column in columns.split(","))
@@ -97,6 +111,9 @@ def options_of(grid: Grid, job: Job, data: str, scratch: Path) -> Options:
         seen = texts_of(folder / "train.jsonl", task.text_columns) if domains else frozenset()
         others = domains.items()
         also = [f"{name}={file_of(Path(data) / d.file, d.binarise, scratch, without=seen)}" for name, d in others]
+    if task.flip is not None:
+        where["train_file"], only = flipped(where["train_file"], task.flip, job.train_limit, job.seed, scratch)
+        also.append(f"flipped={only}")
     own = {"seed": job.seed, "lr": job.lr, "train_limit": job.train_limit, "text_columns": task.text_columns}
     merged = job_options(grid, job) | where | own | {"also_eval": also}
     return {k: v.format(data=data) if isinstance(v, str) else v for k, v in merged.items() if v is not None}
@@ -111,9 +128,9 @@ def check_data(grid: Grid, data: str) -> str:
             raise ValueError(
                 f"--data hub: expected `hub: {{data: ...}}` for task {name!r}, got {task.hub}. Remedy: add it."
             )
-        if task.binarise or task.also_eval:
+        if task.binarise or task.also_eval or task.flip:
             raise ValueError(
-                f"--data hub: expected a task without binarise and also_eval, got {name!r}, which has them."
+                f"--data hub: expected a task without binarise, flip and also_eval, got {name!r}, which has them."
                 " Remedy: save the splits as FOLDER/<task>/train.jsonl and validation.jsonl, and pass --data FOLDER."
             )
     return data
@@ -355,7 +372,7 @@ def report(
     results = read_results(results_file, grid)
     header = [h.format(grid.compared_with) for h in HEADER]
     if markdown:
-        print("\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows(grid, results)]))
+        _print_markdown([header, *rows(grid, results)])
     else:
         table = Table(*header)
         for row in rows(grid, results):
@@ -363,10 +380,31 @@ def report(
         console = Console()
         # A pipe has no width: do not squeeze the table into 80 columns.
         console.print(table, width=None if console.is_terminal else 160, crop=False)
-    hours = sum(r["seconds"]["total"] for r in results) / 3600
-    print(f"\n{len(results)} runs, tuning included, {hours:.1f} hours of run time")
+    print(f"\n{_hours(results)}")
     if plot is not None:
         draw(grid, results, plot)
+
+
+def spread(
+    grid_file: Annotated[
+        Path, typer.Argument(help="YAML file of the grid: regime.yaml, regime_cola.yaml or flipped.yaml.")
+    ],
+    results_file: Annotated[Path, typer.Argument(help="Its results.")],
+) -> None:
+    """Print part B's table in Markdown: mean, spread and failed runs beside vanilla fine-tuning."""
+    grid = read_grid(grid_file)
+    results = read_results(results_file, grid)
+    _print_markdown([regime.HEADER, *regime.rows(grid, results)])
+    print(f"\n{_hours(results)}")
+
+
+def _print_markdown(rows_: list[list[str]]) -> None:
+    print("\n".join(f"| {' | '.join(row)} |" for row in [rows_[0], ["---"] * len(rows_[0]), *rows_[1:]]))
+
+
+def _hours(results: Sequence[Options]) -> str:
+    hours = sum(r["seconds"]["total"] for r in results) / 3600
+    return f"{len(results)} runs, tuning included, {hours:.1f} hours of run time"
 
 
 def forgetting(
@@ -379,10 +417,10 @@ def forgetting(
     results = read_results(results_file, grid)
     runs = curves.runs_of(grid, results)
     for rows_ in (curves.table(grid, runs), curves.contrasts(runs)):
-        print("\n".join(f"| {' | '.join(row)} |" for row in [rows_[0], ["---"] * len(rows_[0]), *rows_[1:]]) + "\n")
+        _print_markdown(rows_)
+        print()
     print("\n".join(f"- {line}" for line in curves.verdicts(runs)))
-    hours = sum(r["seconds"]["total"] for r in results) / 3600
-    print(f"\n{len(results)} runs, tuning included, {hours:.1f} hours of run time")
+    print(f"\n{_hours(results)}")
     if plot is not None:
         curves.draw(grid, runs, plot)
 
@@ -392,4 +430,5 @@ if __name__ == "__main__":
     app.command()(run)
     app.command()(report)
     app.command()(forgetting)
+    app.command()(spread)
     app()
