@@ -14,6 +14,7 @@ from tests.support.study_jobs import ROOT, study_grid
 
 sys.path.insert(0, str(ROOT / "launch" / "study"))
 import curves
+import verdicts
 
 LM = study_grid.read_grid(ROOT / "launch" / "study" / "lm.yaml")
 WHOLE, LORA_16, LORA_64 = 1000, 36, 145
@@ -86,9 +87,9 @@ def test_the_point_of_equal_learning_is_interpolated() -> None:
 
 
 def test_holm_by_hand() -> None:
-    assert curves.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert verdicts.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
     p = [random.Random(0).random() for _ in range(6)]
-    assert all(a >= b for a, b in zip(curves.holm(p), p, strict=True))
+    assert all(a >= b for a, b in zip(verdicts.holm(p), p, strict=True))
 
 
 def test_the_table(tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ def test_seeds_without_full_fine_tuning_are_left_out() -> None:
 
 
 def test_contrasts_are_paired_and_corrected() -> None:
-    rows = {row[0]: row for row in curves.contrasts(curves.runs_of(LM, example()))}
+    rows = {row[0]: row for row in verdicts.contrasts(curves.runs_of(LM, example()))}
     _, pairs, difference, interval, p = rows["contrast p=.05 - full"]
     assert (pairs, difference) == ("3", "-0.098")
     # -.099, -.098 and -.097 have a standard deviation of .001; t of two degrees of freedom is 4.303.
@@ -130,7 +131,7 @@ def test_contrasts_are_paired_and_corrected() -> None:
 
 def test_verdicts_follow_the_protocol() -> None:
     """A child that forgets .1 less is not refuted, one that forgets .01 less is; below three seeds nothing is decided."""
-    gap, lora, large, forgets, control = curves.verdicts(curves.runs_of(LM, example()))
+    gap, lora, large, forgets, control = verdicts.verdicts(curves.runs_of(LM, example()))
     # (3.15 - 3.0) / 2 is under a tenth.
     assert "+0.075" in gap
     assert gap.endswith(": not refuted.")
@@ -139,10 +140,10 @@ def test_verdicts_follow_the_protocol() -> None:
     # The control ends at 4.2 with 3.8; contrast is there half-way from 3.9 to 3.4: at 3.65.
     assert control.endswith(": not refuted.")
     assert "-0.150" in control or "-0.149" in control
-    assert curves.verdicts(curves.runs_of(LM, example(forgotten=-0.01)))[3].endswith(": REFUTED.")
-    assert curves.verdicts(curves.runs_of(LM, example(forgotten=0.3)))[4].endswith(": REFUTED.")
-    assert all("Undecided" in line for line in curves.verdicts(curves.runs_of(LM, example(seeds=2))))
-    assert all("no seed" in line for line in curves.verdicts({}))
+    assert verdicts.verdicts(curves.runs_of(LM, example(forgotten=-0.01)))[3].endswith(": REFUTED.")
+    assert verdicts.verdicts(curves.runs_of(LM, example(forgotten=0.3)))[4].endswith(": REFUTED.")
+    assert all("Undecided" in line for line in verdicts.verdicts(curves.runs_of(LM, example(seeds=2))))
+    assert all("no seed" in line for line in verdicts.verdicts({}))
 
 
 def test_lora_of_equal_bytes_lies_on_a_line_over_the_logarithm() -> None:

@@ -22,6 +22,7 @@ from tests.support.study_jobs import (
     STUDY,
     found,
     grid,
+    one_job,
     study,
     study_grid,
     study_regime,
@@ -162,7 +163,7 @@ def test_flipped_labels(tmp_path: Path) -> None:
     file = write(tmp_path / "train.jsonl", rows)
 
     def drawn(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        whole_, only = study.flipped(file, 0.4, 20, seed, tmp_path)
+        whole_, only = one_job.flipped(file, 0.4, 20, seed, tmp_path)
         read = [[json.loads(text) for text in path.read_text().splitlines()] for path in (whole_, only)]
         return read[0], read[1]
 
@@ -179,7 +180,7 @@ def test_flipped_labels_are_trained_on_and_asked_for(tmp_path: Path) -> None:
     start_inputs(tmp_path)
     of = grid(tasks={"t": SENTENCES | {"flip": 0.5}})
     job = study_grid.Job("t", "D", 1, 1e-4)
-    options = study.options_of(of, job, str(tmp_path), tmp_path)
+    options = one_job.options_of(of, job, str(tmp_path), tmp_path)
     assert options["train_file"] == tmp_path / "flipped-train.jsonl"
     assert options["also_eval"] == [f"flipped={tmp_path}/flipped-only.jsonl"]
     assert options["eval_file"] == tmp_path / "t" / "validation.jsonl"
@@ -238,11 +239,11 @@ def test_a_part_of_a_grid_needs_the_tuning_of_its_own_methods_only() -> None:
 
 def test_a_job_without_the_launcher() -> None:
     of = grid(launcher={"none": True, "OMP_NUM_THREADS": 1})
-    command = study.command_of(of, {"epochs": 3}, Path("r"))
+    command = one_job.command_of(of, {"epochs": 3}, Path("r"))
     assert command[:2] == [sys.executable, str(ROOT / "launch" / "finetune.py")]
-    environment = study.environment_of(of)
+    environment = one_job.environment_of(of)
     assert environment["WORLD_SIZE"] == environment["OMP_NUM_THREADS"] == "1"
-    assert "RANK" not in {k for k in study.environment_of(grid()) if k not in os.environ}
+    assert "RANK" not in {k for k in one_job.environment_of(grid()) if k not in os.environ}
 
 
 def test_the_folder_of_the_data_is_not_in_the_settings(tmp_path: Path) -> None:
@@ -250,7 +251,7 @@ def test_the_folder_of_the_data_is_not_in_the_settings(tmp_path: Path) -> None:
     of = grid(finetune=GRID["finetune"] | {"model": "{data}/m"}, tasks={"t": SENTENCES | {"recorded": ["more"]}})
     (tmp_path / "more").write_text("x")
     job = study_grid.Job("t", "D", 1, 1e-4)
-    assert study.options_of(of, job, str(tmp_path), tmp_path)["model"] == f"{tmp_path}/m"
+    assert one_job.options_of(of, job, str(tmp_path), tmp_path)["model"] == f"{tmp_path}/m"
     assert study_grid.settings_of(of, job)["model"] == "{data}/m"
     before = study_grid.data_of(of, job, str(tmp_path))
     assert set(before) == {"train.jsonl", "validation.jsonl", "more"}
@@ -301,30 +302,30 @@ def test_another_domain_holds_nothing_that_was_trained_on(tmp_path: Path) -> Non
     (tmp_path / "d").mkdir()
     file = write(tmp_path / "d" / "validation.jsonl", rows)
     (tmp_path / "scratch").mkdir()
-    seen = study.texts_of(write(tmp_path / "train.jsonl", [{"a": "k", "b": "y"}]), "a,b")
-    kept = study.file_of(file, study_grid.Binarise(above=4, below=2), tmp_path / "scratch", without=seen)
+    seen = one_job.texts_of(write(tmp_path / "train.jsonl", [{"a": "k", "b": "y"}]), "a,b")
+    kept = one_job.file_of(file, study_grid.Binarise(above=4, below=2), tmp_path / "scratch", without=seen)
     assert [json.loads(r) for r in kept.read_text().splitlines()] == [{"a": "new", "b": "z", "label": 0}]
-    assert study.file_of(file, None, tmp_path / "scratch") == file
+    assert one_job.file_of(file, None, tmp_path / "scratch") == file
 
 
 def test_the_hub_is_refused_for_what_needs_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert study.check_data(grid(), "hub") == "hub"
+    assert one_job.check_data(grid(), "hub") == "hub"
     monkeypatch.chdir(tmp_path)
-    assert study.check_data(grid(), "glue") == str(tmp_path / "glue")
+    assert one_job.check_data(grid(), "glue") == str(tmp_path / "glue")
     for changes, says in (
         ({"hub": {}}, "expected `hub:"),
         ({"binarise": {"above": 4, "below": 2}}, "without binarise"),
     ):
         with pytest.raises(ValueError, match=says):
-            study.check_data(grid(tasks={"t": SENTENCES | changes}), "hub")
+            one_job.check_data(grid(tasks={"t": SENTENCES | changes}), "hub")
 
 
 def test_gpus_take_turns() -> None:
-    command = study.command_of(grid(), {"epochs": 3, "group_by_length": True}, Path("r"), gpu=5)
+    command = one_job.command_of(grid(), {"epochs": 3, "group_by_length": True}, Path("r"), gpu=5)
     assert "--include=localhost:5" in command
     assert not [part for part in command if "num_gpus" in part or "OMP" in part]
     assert command[-4:] == ["r", "--epochs", "3", "--group-by-length"]
-    assert "--num_gpus=1" in study.command_of(grid(), {}, Path("r"))
+    assert "--num_gpus=1" in one_job.command_of(grid(), {}, Path("r"))
 
 
 def start_inputs(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "launch" / "study"))
 
 import grid as study_grid  # noqa: E402
+import one_job  # noqa: E402
 import regime as study_regime  # noqa: E402
 import report as study_report  # noqa: E402
 import study  # noqa: E402
 
-__all__ = ["study", "study_grid", "study_regime", "study_report"]
+__all__ = ["one_job", "study", "study_grid", "study_regime", "study_report"]
 
 SENTENCES = {"metric": "accuracy", "text_columns": "a,b", "hub": {"data": "somebody/pairs"}}
 

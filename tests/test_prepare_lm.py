@@ -1,0 +1,52 @@
+"""The texts of the second study, from files as the packages have them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "launch" / "study"))
+import prepare_lm  # noqa: E402
+
+
+class Words:
+    """A token for each word."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": list(range(len(text.split())))}
+
+
+def test_reuters_has_every_article_once(tmp_path: Path) -> None:
+    rows = ["Category\tText", "d\tstring", "class\t", "", "earn\tone two ", "acq\tthree", "acq\t "]
+    (tmp_path / "reuters-r8-train.tab").write_text("\n".join(rows))
+    assert sorted(prepare_lm.reuters(tmp_path, "train")) == ["one two", "three"]
+
+
+def test_bbc_has_no_article_twice(tmp_path: Path) -> None:
+    for folder, name, text in (("a", "1", "x  y\n"), ("b", "1", "x y"), ("b", "2", "z")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / f"{name}.txt").write_text(text)
+    assert sorted(prepare_lm.bbc(tmp_path)) == ["x y", "z"]
+
+
+def test_brown_is_plain_text(tmp_path: Path) -> None:
+    (tmp_path / "ca01").write_text("\n\tThe/at jury/nn said/vbd ``/`` no/at evidence/nn ''/'' ,/, 1/2/cd ./.\n\n")
+    (tmp_path / "CONTENTS").write_text("not/nn a/at text/nn")
+    assert list(prepare_lm.brown(tmp_path)) == ['The jury said " no evidence ", 1/2.']
+
+
+def test_as_many_texts_as_fill_the_blocks() -> None:
+    texts = ["word " * 127] * 5
+    assert prepare_lm.first_blocks(Words(), texts, 2) == texts[:2]
+    assert len(prepare_lm.first_blocks(Words(), ["word " * 126] * 5, 2)) == 3
+    with pytest.raises(ValueError, match="Remedy: look at the package's files"):
+        prepare_lm.first_blocks(Words(), texts, 6)
+
+
+def test_prompts_are_a_hundred_different_ones() -> None:
+    prompts = (ROOT / "launch" / "study" / "prompts.txt").read_text().splitlines()
+    assert len(set(prompts)) == len(prompts) == 100
+    assert all(prompts)
