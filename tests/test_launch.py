@@ -66,6 +66,9 @@ def started(command: list[str], env: dict[str, str]) -> Iterator[subprocess.Pope
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()  # a test that fails leaves nothing that the next one would be blamed for
 
 
 def output_of(process: subprocess.Popen[str]) -> str:
