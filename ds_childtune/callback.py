@@ -39,6 +39,7 @@ class ChildTuningCallback(TrainerCallback):
     Args:
         config: replaces the `"child_tuning"` block of the DeepSpeed config, for set-ups without such a file.
         batches: calibration micro-batches of this rank, see `ChildTuner.select`; default: the Trainer's training data loader.
+        against: general micro-batches of this rank, for selector `contrast`; see `ChildTuner.select`.
         loss_fn: see `ChildTuner.select`; default: the Trainer's `compute_loss`, label smoothing and preference losses included.
         select_at: ChildTuning-D: choose the child after this many optimizer steps. Until then every element trains, as in plain
             DeepSpeed. For adapters whose first gradients are zero, as LoRA's A are.
@@ -52,6 +53,7 @@ class ChildTuningCallback(TrainerCallback):
         config: ChildTuningConfig | Mapping[str, Any] | None = None,
         *,
         batches: Iterable[Any] | None = None,
+        against: Iterable[Any] | None = None,
         loss_fn: LossFunction | None = None,
         select_at: int = 0,
     ) -> None:
@@ -61,6 +63,7 @@ class ChildTuningCallback(TrainerCallback):
             )
         self._config = None if config is None else parse_config(config)
         self._batches = batches
+        self._against = against
         self._loss_fn = loss_fn
         self._select_at = select_at
         self._model: weakref.ref[nn.Module] | None = None
@@ -176,7 +179,7 @@ class ChildTuningCallback(TrainerCallback):
                 return trainer.compute_loss(engine, trainer._prepare_inputs(batch))
 
         metrics = copy.deepcopy(getattr(trainer, "_metrics", None))  # TRL's compute_loss adds to them
-        report = self.child.select(_closed(batches), loss_fn)
+        report = self.child.select(_closed(batches), loss_fn, against=_closed(self._against))
         if metrics is not None:
             trainer._metrics = metrics
         self._logged = _numbers(report)

@@ -106,8 +106,12 @@ def test_the_trainer_s_load_at_another_world_size_and_stage(pool: RankPool, tmp_
 
 
 def without_a_block(folder: str) -> dict[str, Run]:
-    """accelerate drops a block that it does not know; then it is an argument. And ChildTuning-F."""
+    """accelerate drops a block that it does not know; then it is an argument. And ChildTuning-F, and selector contrast."""
+    general = [dict(torch.utils.data.default_collate(rows(2, seed=3)))]
     return {
+        "contrast": train(
+            f"{folder}/c", 2, None, callback={"config": D | {"selector": "contrast"}, "against": general}
+        ),
         "D": train(f"{folder}/d", 2, None, callback={"config": D}),
         "F": train(f"{folder}/f", 2, None, callback={"config": F}),
         "own batches": train(
@@ -118,8 +122,9 @@ def without_a_block(folder: str) -> dict[str, Run]:
 
 def test_the_block_as_an_argument(pool: RankPool, tmp_path: Path) -> None:
     for found in pool[2].run(without_a_block, str(tmp_path)):
-        for name in ("D", "own batches"):
+        for name in ("D", "own batches", "contrast"):
             check_masked(found[name], name)
+        assert any(not torch.equal(mask, found["D"].masks[n]) for n, mask in found["contrast"].masks.items())
         assert found["own batches"].report.calibration_batches == 2  # one on each rank
         assert found["F"].step == 4
         assert found["F"].report.mode == "ChildTuning-F"
