@@ -113,7 +113,8 @@ def parse_finetune(words: list[str]) -> Arguments:
 def parse_study(words: list[str]) -> None:
     app = typer.Typer()
     app.command()(study.run)
-    app.command()(study.report)
+    for view in (study.report, study.forgetting, study.spread):
+        app.command()(view)
     group: Any = get_command(app)
     name, sub, rest = group.resolve_command(group.make_context("study", [], resilient_parsing=True), words)
     try:
@@ -130,6 +131,8 @@ def check_script(script: str, words: list[str]) -> None:
         parse_finetune(words[words.index("--") + 1 :])
     elif script == "launch/study/study.py":
         parse_study(words)
+    elif script in ("launch/study/evidence_2.sh", "launch/study/prepare_lm.py"):
+        assert len(words) == 2, words
     elif script.startswith("launch/"):
         parse_finetune(words)
     elif script.startswith("tests/benchmarks/"):
