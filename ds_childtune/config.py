@@ -43,6 +43,10 @@ class FisherConfig(_Block):
     """`eval`: no dropout, so that the child does not depend on random numbers. `train`: dropout as in the original code;
     also what activation checkpointing needs to be active in transformers."""
 
+    unreached: Literal["zero", "error"] = "zero"
+    """Mixture-of-experts models: what an expert means that no calibration token reached. `zero`: its elements have scores of zero, and
+    a warning counts such experts. `error`: `select` refuses. A parameter that can have no gradient is an error with both."""
+
     @model_validator(mode="after")
     def _clip_needs_the_whole_gradient(self) -> Self:
         if self.max_grad_norm is not None and self.estimator != "per_micro_batch":

@@ -53,6 +53,10 @@ class Report:
     zero_kept: int = 0
     """Elements of the child whose score was zero: fewer had a positive one than `reserve_p` asks for. Which of all elements of
     score zero are kept is a matter of the parameters' names and of their order."""
+    experts: int = 0
+    """Experts whose parameters are eligible, when the child was chosen by Fisher information."""
+    unreached_experts: tuple[str, ...] = ()
+    """Paths of those that no calibration token reached; `path[i]` is expert `i` of fused parameters."""
 
     @property
     def numel(self) -> int:
@@ -120,7 +124,14 @@ class Report:
 
     def _warnings(self) -> list[str]:
         lines = []
-        names = self.zero_parameters
+        missed = self.unreached_experts
+        if missed:
+            lines.append(
+                f"  WARNING: no calibration token reached {len(missed)} of {self.experts} experts ({', '.join(missed[:3])}"
+                f"{', ...' if len(missed) > 3 else ''}): their scores are zero. Remedy: calibrate with more batches; to refuse such a"
+                ' selection, set child_tuning.fisher.unreached "error".'
+            )
+        names = [n for n in self.zero_parameters if not n.startswith(tuple(f"{path}." for path in missed))]
         if names:
             lines.append(
                 f"  WARNING: every score is zero in {len(names)} eligible parameters ({', '.join(names[:3])}"

@@ -25,6 +25,7 @@ from ds_childtune.ranks import check_same, device, raising_together, tell
 from ds_childtune.report import ParameterReport, Report
 from ds_childtune.selection.contrast import check_against, contrast
 from ds_childtune.selection.eligible import eligible_names
+from ds_childtune.selection.experts import Experts
 from ds_childtune.selection.fisher import Fisher
 from ds_childtune.selection.fisher_pass import estimate_fisher
 from ds_childtune.selection.given import GivenMask, Unnamed, check_arguments, given_masks, match_names
@@ -197,7 +198,8 @@ class ChildTuner:
                 train in full.
 
         Raises:
-            ValueError: on every rank, for no batches, NaN or inf, or an eligible parameter that never got a gradient.
+            ValueError: on every rank, for no batches, NaN or inf, or an eligible parameter that can have no gradient;
+                see [Note: experts that no token reached].
             NotImplementedError: on every rank, for ranks that use different parameters in a micro-batch at ZeRO 1 to 3.
             RuntimeError: on every rank, with ChildTuning-F, between a micro-batch and its step, or when `batches` raises. The child
                 so far, if there is one, then trains on.
@@ -214,7 +216,8 @@ class ChildTuner:
         if masks is not None or child is not None:
             return self._select_given(masks, child, unnamed)
         started = time.perf_counter()
-        scores, terms = self._scores(batches, loss_fn, against)
+        scores, fisher = self._scores(batches, loss_fn, against)
+        terms, experts = (fisher.terms, fisher.experts) if fisher is not None else (0, Experts())
         scored = time.perf_counter()
         eligible = sorted(self.attachment.trainable())
         numel = self._trainable_numel()
@@ -229,6 +232,8 @@ class ChildTuner:
             selection_seconds=time.perf_counter() - scored,
             zero_parameters=() if known is None else known.without,
             zero_kept=0 if known is None else max(0, round(self.config.reserve_p * numel) - known.total),
+            experts=experts.total,
+            unreached_experts=experts.unreached,
         )
         self._selected = (self._hooks.chosen_child(), report)
         tell(str(report))
@@ -268,15 +273,15 @@ class ChildTuner:
 
     def _scores(
         self, batches: Iterable[Any] | None, loss_fn: LossFunction | None, against: Iterable[Any] | None
-    ) -> tuple[ShardScores, int]:
-        """What the selector maximises, and the terms of Fisher's mean."""
+    ) -> tuple[ShardScores, Fisher | None]:
+        """What the selector maximises, and the Fisher information that it is made of."""
         selector = self.config.selector
         with raising_together():
             check_against(selector, against)
         if selector == "magnitude":
-            return magnitudes(self.attachment.trainable_shards()), 0
+            return magnitudes(self.attachment.trainable_shards()), None
         if selector == "random":
-            return random_numbers(self.attachment.trainable_shards(), self.config.seed), 0
+            return random_numbers(self.attachment.trainable_shards(), self.config.seed), None
         with raising_together():
             if batches is None:
                 raise ValueError(
@@ -292,7 +297,7 @@ class ChildTuner:
             contrast(fisher.sums, general.sums, self._trainable_numel())
         if selector == "lowest_fisher":
             reverse_order(fisher.sums)
-        return fisher.sums, fisher.terms
+        return fisher.sums, fisher
 
     def _trainable_numel(self) -> int:
         return sum(self.attachment.parameters.shapes[name].numel() for name in self.attachment.trainable())

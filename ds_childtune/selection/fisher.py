@@ -15,11 +15,12 @@ squares the mean gradient of all ranks and depends on how many there are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from ds_childtune.selection.experts import Experts
 from ds_childtune.selection.scores import Rounding, ScoreDtype, Scores, new_scores
 from ds_childtune.shards import FlatShard
 
@@ -33,6 +34,9 @@ class Fisher:
 
     terms: int
     """Terms of the mean: micro-batches over all ranks, or global batches."""
+
+    experts: Experts = field(default_factory=Experts)
+    """Those of a mixture-of-experts model, and which of them have scores of zero because no token reached them."""
 
 
 class FisherAccumulator:

@@ -20,6 +20,7 @@ from ds_childtune.ranks import (
     sum_over_ranks,
     world_size,
 )
+from ds_childtune.selection.experts import Experts, find_experts
 from ds_childtune.selection.fisher import Fisher, FisherAccumulator
 from ds_childtune.selection.loss import LossFunction, _is_scalar, outline
 from ds_childtune.selection.rounds import Round, rounds
@@ -51,7 +52,8 @@ def estimate_fisher(
     """Empirical Fisher information of the eligible fragments on this rank's shards. A collective.
 
     Raises:
-        ValueError: on every rank, for no batches, a loss that is not finite, or an eligible parameter without a gradient.
+        ValueError: on every rank, for no batches, a loss that is not finite, an eligible parameter that can have no gradient, or
+            with `unreached: "error"` an expert without one.
         NotImplementedError: on every rank, for ranks that use different parameters where DeepSpeed mixes their gradients, and for
             gradients that come in parts.
         RuntimeError: on every rank, when a rank's iterable or loss function, or its backward pass, raises anything else.
@@ -82,6 +84,7 @@ class _FisherPass:
         self._engine = engine
         self._config = config
         self._parameters = {name: parameters.by_name[name] for name in names}
+        self._shapes = parameters.shapes
         self._names = {parameter: name for name, parameter in self._parameters.items()}
         self._squares_here = config.estimator == "per_micro_batch"
         self._accumulator = FisherAccumulator(shards, square=not self._squares_here, dtype=config.score_dtype)
@@ -201,21 +204,32 @@ class _FisherPass:
         names = list(self._parameters)
         reached = torch.tensor([n in self._reached for n in names], dtype=torch.int64, device=device())
         sum_over_ranks(reached)
-        missing = [n for n, count in zip(names, reached.tolist(), strict=True) if not count]
-        if missing:
+        had = {n: bool(count) for n, count in zip(names, reached.tolist(), strict=True)}
+        experts, never = find_experts(self._engine.module, self._shapes, had, self._accumulator.sums)
+        if never:
             raise ValueError(
-                f"select: {len(missing)} eligible parameters never got a gradient in the calibration batches:"
-                f" {', '.join(missing[:5])}. Remedy: freeze them (requires_grad=False) or add them to child_tuning.exclude."
+                f"select: {len(never)} eligible parameters never got a gradient in the calibration batches:"
+                f" {', '.join(never[:5])}. Remedy: freeze them (requires_grad=False) or add them to child_tuning.exclude."
             )
+        if experts.unreached and self._config.unreached == "error":
+            raise ValueError(_unreached(experts))
         if not self._terms:
             raise ValueError(_not_finite("gradients", 0))
-        return Fisher(self._accumulator.sums, self._terms)
+        return Fisher(self._accumulator.sums, self._terms, experts)
 
 
 def _digest(names: Sequence[str]) -> int:
     """Below 2**62, alike for the same names in the same order."""
     text = "\0".join(names).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 2
+
+
+def _unreached(experts: Experts) -> str:
+    return (
+        f"select: expected the calibration batches to reach every expert, got none of their tokens in {len(experts.unreached)} of"
+        f" {experts.total} experts: {', '.join(experts.unreached[:5])}. Remedy: calibrate with more batches, or set"
+        ' child_tuning.fisher.unreached "zero", with which these experts have scores of zero.'
+    )
 
 
 def _taken_twice(name: str) -> str:
