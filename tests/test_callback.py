@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 import transformers
 
 import ds_childtune
+from tests.support.documentation import blocks
 from tests.support.ranks import RankPool
 from tests.support.trainers import Run, arguments, config, fresh_accelerate, rows, run_of, tiny_gpt2, whole_weights
 
@@ -219,6 +221,47 @@ def test_loggers_see_the_child(pool: RankPool, tmp_path: Path) -> None:
     for seen, files in pool[2].run(logged, str(tmp_path)):
         assert 0 < seen[0]["child_density"] < 1
         assert "Train_child_density.csv" in files
+
+
+def accelerated(folder: str) -> tuple[int, int, bool, bool]:
+    """The function that docs/trainer.md shows: applied steps, then those after `load_state`, weights and masks the same."""
+    import accelerate
+
+    names: dict[str, Any] = {"ds_childtune": ds_childtune}
+    (shown,) = [b for b in blocks() if b.page == "docs/trainer.md" and "accelerator.prepare" in b.text]
+    exec(shown.text, names)
+    ends = []
+    for resume_from in (None, f"{folder}/state"):
+        with fresh_accelerate():
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as `accelerate launch` does
+            plugin = accelerate.DeepSpeedPlugin(
+                hf_ds_config={
+                    "train_micro_batch_size_per_gpu": 2,
+                    "gradient_accumulation_steps": 1,
+                    "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000},
+                }
+            )
+            accelerator = accelerate.Accelerator(deepspeed_plugin=plugin)
+            model = tiny_gpt2()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+            loader = torch.utils.data.DataLoader(rows(8), batch_size=2)
+            child = names["train"](accelerator, model, optimizer, loader, resume_from)
+            if resume_from is None:
+                accelerator.save_state(f"{folder}/state")
+            masks = {p.name: child.gather_mask(p.name) for p in child.report().parameters}
+            ends.append((child.step, masks))
+            child.detach()
+    (first, masks), (second, again) = ends
+    return first, second, all(torch.equal(masks[n], again[n]) for n in masks), any(m.any() for m in masks.values())
+
+
+def test_accelerate(pool: RankPool, tmp_path: Path) -> None:
+    for first, second, same, some in pool[2].run(accelerated, str(tmp_path)):
+        # Without accelerators accelerate takes each rank for the only one, so that both see every batch.
+        assert first == 4
+        assert second == 8, "counted on from what load_state brought"
+        assert same
+        assert some
 
 
 def left_behind() -> tuple[bool, bool, bool]:

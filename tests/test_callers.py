@@ -349,6 +349,45 @@ def test_a_block_without_a_child_is_an_error_at_the_first_step(pool: RankPool, s
         assert moved == {"attach": True, "attach by file": True, "remove": True}
 
 
+def load_before_attach(folder: str) -> tuple[list[str], dict[str, bool]]:
+    """What an engine with a block and no child says to a checkpoint that has one, and what then works."""
+    setup = Setup("llama", stage=2)
+    with engine_of(setup, child_tuning=BLOCK) as engine:
+        child = ds_childtune.attach(engine)
+        child.select(mine(4, seed=1000))
+        train_step(engine, mine(1, seed=1))
+        engine.save_checkpoint(folder, tag="a")
+        saved = model_weights(engine)
+
+    def is_saved(engine: Any) -> bool:
+        return all(torch.equal(w, saved[n]) for n, w in model_weights(engine).items())
+
+    said, works = [], {}
+    with engine_of(setup, child_tuning=BLOCK) as engine:
+        for tag in (None, "a"):
+            with pytest.raises(RuntimeError, match="has a child, and this engine") as error:
+                engine.load_checkpoint(folder, tag)
+            said.append(str(error.value))
+        engine.load_checkpoint(folder, load_module_only=True)
+        works["weights"] = is_saved(engine)
+        child = ds_childtune.attach(engine)
+        engine.load_checkpoint(folder)
+        works["attached"] = is_saved(engine) and child.chosen
+        child.detach()
+        engine.load_checkpoint(folder)
+        works["detached"] = is_saved(engine)
+    with engine_of(setup) as engine:
+        engine.load_checkpoint(folder)
+        works["no block"] = is_saved(engine)
+    return said, works
+
+
+def test_a_checkpoint_with_a_child_is_not_loaded_without_one(pool: RankPool, tmp_path: Path) -> None:
+    for said, works in pool[2].run(load_before_attach, str(tmp_path)):
+        assert all("Remedy: child = ds_childtune.attach(engine) before load_checkpoint" in text for text in said)
+        assert works == {"weights": True, "attached": True, "detached": True, "no block": True}
+
+
 def reference_model() -> bool:
     """An engine without an optimizer, whose config is that of the trained one, block and all."""
     config = Setup("llama", stage=3).config() | {"child_tuning": dict(BLOCK)}

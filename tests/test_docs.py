@@ -69,7 +69,7 @@ def test_python_runs(pool: RankPool, folder: str, block: Block) -> None:
     code = code_of(block)
     for with_checkpoint in (False, True) if "load_checkpoint(" in code else (False,):
         [found] = pool[1].run(run_code, code, folder, with_checkpoint=with_checkpoint)
-    if block.language == "diff":
+    if block.language == "diff" and "engine.step()" in code:
         assert found["steps"] == 3, "the loop trains"
     if "merge(" in code:
         assert {"rte-model/config.json", "both/child.json"} <= set(found["files"])

@@ -606,7 +606,7 @@ def test_what_is_not_an_engine(pool: RankPool) -> None:
         "wrapper": "got Wrapper. Remedy: attach to the DeepSpeedEngine in its .engine",
         "tuple": "got tuple. Remedy: attach to the first of what deepspeed.initialize returned",
         "accelerator": "got Preparer. Remedy: attach to the model that its prepare() returned",
-        "trainer": "got Trainer. Remedy: attach to its .model_wrapped",
+        "trainer": "got Trainer. Remedy: pass callbacks=[ds_childtune.ChildTuningCallback()] to it",
         "None": "got NoneType. Remedy",
     }
     for said in pool[WORLD_SIZE].run(attach_to_others):

@@ -21,7 +21,7 @@ def check_engine(given: object) -> None:
     elif isinstance(given, tuple) and any(isinstance(part, _engine_class()) for part in given):
         remedy = "attach to the first of what deepspeed.initialize returned: engine, *_ = deepspeed.initialize(...)"
     elif hasattr(given, "model_wrapped"):
-        remedy = "attach to its .model_wrapped, once training has begun: in the on_train_begin of a callback"
+        remedy = "pass callbacks=[ds_childtune.ChildTuningCallback()] to it; or attach to its .model_wrapped, once training has begun"
     elif hasattr(given, "prepare") and hasattr(given, "state"):
         remedy = "attach to the model that its prepare() returned"
     elif isinstance(given, nn.Module):

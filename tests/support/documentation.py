@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 import ds_childtune
 from ds_childtune.__main__ import app
+from tests.support import trainers
 from tests.support.engines import Setup, engine_of, train_step
 from tests.support.models import Batch, batches, build
 
@@ -110,6 +111,15 @@ def trained_child() -> ds_childtune.ChildTuner:
     return child
 
 
+def trainer_arguments() -> Any:
+    return trainers.arguments("trained", trainers.config(3, BLOCK), max_steps=1, save_strategy="no")
+
+
+def rows() -> list[Batch]:
+    """As a Trainer's data set has them."""
+    return [{key: values[i] for key, values in batch.items()} for batch in micro_batches() for i in range(2)]
+
+
 PROVIDED: dict[str, Callable[[], Any]] = {
     "ds_childtune": lambda: ds_childtune,
     "deepspeed": lambda: deepspeed,
@@ -119,6 +129,8 @@ PROVIDED: dict[str, Callable[[], Any]] = {
     "calibration_batches": micro_batches,
     "general_batches": micro_batches,
     "loader": micro_batches,
+    "args": trainer_arguments,
+    "train_dataset": rows,
     "engine": engine,
     "child": trained_child,
 }
@@ -158,9 +170,10 @@ def run_code(code: str, folder: str, *, with_checkpoint: bool = False) -> dict[s
     """Run a block on one rank, with the names that it takes for granted. Returns what can be asked about it."""
     wanted = free_names(code)
     assert wanted <= PROVIDED.keys(), f"names that no test provides: {sorted(wanted - PROVIDED.keys())}"
-    names = {name: PROVIDED[name]() for name in wanted}
+    with trainers.fresh_accelerate():
+        names = {name: PROVIDED[name]() for name in wanted}
     try:
-        with copy_of(folder, with_checkpoint=with_checkpoint) as copy:
+        with copy_of(folder, with_checkpoint=with_checkpoint) as copy, trainers.fresh_accelerate():
             exec(compile(code, "<documentation>", "exec"), names)
             call_back(names)
             child = names.get("child")
@@ -199,7 +212,7 @@ def call_back(names: dict[str, Any]) -> None:
 
 
 def put_away(value: Any) -> None:
-    made = value.engine if isinstance(value, ds_childtune.ChildTuner) else value
+    made = value.engine if isinstance(value, ds_childtune.ChildTuner) else getattr(value, "model_wrapped", value)
     if isinstance(made, deepspeed.DeepSpeedEngine) and made.optimizer is not None:
         child = getattr(made, "child_tuner", None)
         if child is not None:

@@ -67,14 +67,15 @@ def config(stage: int, block: dict[str, Any] | None, **extra: Any) -> dict[str, 
 
 @contextmanager
 def fresh_accelerate() -> Iterator[None]:
-    """accelerate allows for one DeepSpeed run in a process."""
+    """accelerate allows for one DeepSpeed run in a process; and transformers builds models partitioned once it has seen ZeRO-3."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29555")
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
     try:
         yield
     finally:
-        AcceleratorState._reset_state()
+        transformers.integrations.deepspeed.unset_hf_deepspeed_config()
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def arguments(folder: str, ds_config: dict[str, Any], **options: Any) -> Any:
