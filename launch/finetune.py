@@ -105,7 +105,13 @@ def load_model(args: Arguments, config: dict[str, Any], labels: Sequence[str], p
     path = model_path(args.model)
     together(lambda: AutoConfig.from_pretrained(path))  # a missing model fails here, before the collectives below
     # from_pretrained looks for this object, and loads into zero.Init's shards while it is alive.
-    zero3 = HfDeepSpeedConfig(config) if config["zero_optimization"]["stage"] == 3 else None
+    stage = config["zero_optimization"]["stage"]
+    if args.peft == "dora" and stage == 3:
+        raise ValueError(
+            f"--peft dora: expected ZeRO stage 0 to 2, as peft takes norms of whole weights when it makes adapters, got {stage}."
+            " Remedy: --ds-config ds_configs/zero2_child_d.json."
+        )
+    zero3 = HfDeepSpeedConfig(config) if stage == 3 else None
     options: dict[str, Any] = {"dtype": torch.bfloat16 if config["bf16"]["enabled"] else torch.float32}
     if args.attention is not None:
         options["attn_implementation"] = args.attention

@@ -226,6 +226,11 @@ def test_adapters_train_in_place_of_weights(pool: RankPool, folder: Path) -> Non
     assert few["optimizer_bytes"] == 12 * few["trainable"]
     assert all_["optimizer_bytes"] == 12 * all_["trainable"]
     assert few["metrics"] != all_["metrics"]
+    (end,) = pool[1].run(finetune_jobs.run, folder, options(folder, **lm, peft="dora"))
+    remedy = end.error.partition("Remedy: --ds-config ")[2].rstrip(".")
+    dora = in_process(pool, folder, ranks=1, **lm, peft="dora", ds_config=ROOT / remedy)
+    # A magnitude for each output more.
+    assert dora["trainable"] == few["trainable"] + 2 * (48 + 16 + 64 + 16)
 
 
 def test_bytes_of_a_compact_child(pool: RankPool, folder: Path) -> None:
