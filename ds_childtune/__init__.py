@@ -10,6 +10,7 @@ from ds_childtune._version import __version__
 from ds_childtune.child_files.apply import AppliedChild, apply_child
 from ds_childtune.child_files.format import ChildFileError
 from ds_childtune.child_files.merge import compose, merge
+from ds_childtune.child_files.patches import CheckpointWeightPatch
 from ds_childtune.child_files.reader import SavedChild, open_child
 from ds_childtune.config import ChildTuningConfig, FisherConfig
 from ds_childtune.report import ParameterReport, Report
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AppliedChild",
+    "CheckpointWeightPatch",
     "ChildFileError",
     "ChildTuner",
     "ChildTuningCallback",

@@ -4,13 +4,14 @@ ds_childtune inspect tuned/child
 ds_childtune merge bert-base-uncased tuned/child --output tuned/model
 ds_childtune compose bert-base-uncased tuned/a tuned/b --output tuned/both
 ds_childtune compare tuned/a tuned/b
+ds_childtune convert tuned/child published --to sglang --base bert-base-uncased
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 try:
     import typer
@@ -21,6 +22,7 @@ except ImportError:
 
 from ds_childtune.child_files.apply import Conflicts
 from ds_childtune.child_files.compare import Overlap, by_layer, compare, total
+from ds_childtune.child_files.convert import to_sglang, to_vllm
 from ds_childtune.child_files.export_info import KIND, ExportInfo
 from ds_childtune.child_files.merge import compose, merge
 from ds_childtune.child_files.reader import SavedChild, open_child
@@ -96,6 +98,30 @@ def _compare(
     for row in (*rows, total("total", overlaps)):
         table.add_row(row.name, *_cells(row))
     _print(table)
+
+
+@app.command("convert")
+def _convert(
+    child: Folder,
+    output: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    to: Annotated[Literal["vllm", "sglang"], typer.Option(help="The server that reads it.", show_default=False)],
+    base: Annotated[Path | None, typer.Option(help="sglang: the base model's folder.", show_default=False)] = None,
+    since: Annotated[
+        Path | None, typer.Option(help="An earlier export: write only what changed.", show_default=False)
+    ] = None,
+) -> None:
+    """Write an exported child as an inference server takes it: patches for vLLM, the next version's folder for SGLang and slime."""
+    if (base is None) == (to == "sglang"):
+        need = "its base model's folder" if to == "sglang" else "no base model"
+        raise ValueError(
+            f"convert: --to {to} expects {need}. Remedy: {'pass' if to == 'sglang' else 'leave out'} --base."
+        )
+    written = to_vllm(child, output, since=since) if base is None else to_sglang(child, base, output, since=since)
+    _print(f"{written}: {child} for {to}, {sum(p.stat().st_size for p in _files(written)):,} bytes")
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(path.iterdir()) if path.is_dir() else [path]
 
 
 def _quiet() -> None:

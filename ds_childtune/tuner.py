@@ -18,6 +18,9 @@ from ds_childtune.checkpoint.run_record import Progress
 from ds_childtune.child.network import ChildNetwork
 from ds_childtune.child.optimizer_check import put_back, tried
 from ds_childtune.child_files.export import export_child
+from ds_childtune.child_files.export_info import KIND
+from ds_childtune.child_files.patches import CheckpointWeightPatch, Only, live_patches
+from ds_childtune.child_files.reader import open_child
 from ds_childtune.config import ChildTuningConfig, FisherConfig, parse_config
 from ds_childtune.gathering import KeptCounts, gather
 from ds_childtune.random_states import kept_random_states
@@ -40,7 +43,7 @@ from ds_childtune.selection.selectors import (
     random_numbers,
     reverse_order,
 )
-from ds_childtune.shards import Fragment, mark_eligible
+from ds_childtune.shards import FlatShard, Fragment, mark_eligible
 from ds_childtune.step_hooks import StepHooks
 from ds_childtune.zero.clip import refuse_unsupported_clip
 from ds_childtune.zero.compact_parts import refuse_lean
@@ -331,6 +334,42 @@ class ChildTuner:
             NotImplementedError: on every rank, where elements outside the child have moved, or weights are not in memory.
             RuntimeError: on every rank, before `select`, or when the system refuses, for example with a full disk.
         """
+        child = self._exportable("export")
+        masks = ((f, child.child_mask(s, f, self.step)) for s in self.attachment.shards for f in s.fragments)
+        export_child(Path(path), self.engine.module, masks, self.config.model_dump(mode="json"), self.step)
+
+    def patches(self, *, since: str | Path | None = None, only: Only | None = None) -> Iterator[CheckpointWeightPatch]:
+        """The child as an inference server takes it, on every rank, tensor after tensor: see [Note: patches] in patches.py.
+
+        Each `next` is a collective: every rank goes through all of them, or wraps this in a list.
+
+        Args:
+            since: an earlier `export` of this child: only what has changed since is sent.
+            only: "whole": dense patches of the tensors that train in full; "partial": sparse ones of the others.
+                None: sparse patches of all.
+
+        Raises:
+            ValueError: on every rank, for NaN, or an integer buffer unless `only` says what it becomes.
+            NotImplementedError, RuntimeError: on every rank; see `export`.
+        """
+        child = self._exportable("patches")
+        fragments: dict[str, list[tuple[FlatShard, Fragment]]] = {}
+        for shard in self.attachment.shards:
+            for fragment in shard.fragments:
+                if fragment.counted:
+                    fragments.setdefault(fragment.name, []).append((shard, fragment))
+        with raising_together():
+            before = None if since is None else open_child(since, kind=KIND)
+        return live_patches(
+            self.engine.module,
+            list(self.attachment.parameters.by_name),
+            lambda name: [(f, child.child_mask(s, f, self.step)) for s, f in fragments.get(name, ())],
+            None if before is None else before.read,
+            only,
+        )
+
+    def _exportable(self, what: str) -> ChildNetwork:
+        """The child, outside of which nothing has moved. Raises NotImplementedError, see `export`."""
         child = self._hooks.chosen_child()
         reason = ""
         if not child.fixed or self.config.compat is not None:
@@ -339,11 +378,10 @@ class ChildTuner:
             reason = "a child that was chosen after another one had been trained, whose elements have moved too"
         if reason:
             raise NotImplementedError(
-                f"export: expected a fixed child, outside of which nothing has moved since attach, got {reason}."
+                f"{what}: expected a fixed child, outside of which nothing has moved since attach, got {reason}."
                 " Remedy: save the whole model with engine.save_16bit_model."
             )
-        masks = ((f, child.child_mask(s, f, self.step)) for s in self.attachment.shards for f in s.fragments)
-        export_child(Path(path), self.engine.module, masks, self.config.model_dump(mode="json"), self.step)
+        return child
 
     # ---------------------------------------------------------------- inspection
 

@@ -28,6 +28,7 @@ from ds_childtune.child_files.format import (
 )
 from ds_childtune.child_files.header import DAMAGED, Header
 from ds_childtune.child_files.holders import Run
+from ds_childtune.child_files.patches import CheckpointWeightPatch, Only, patch_of
 from ds_childtune.child_files.piece_reader import join, opened_file, pieces_within, read_piece, unreadable
 from ds_childtune.child_files.places import Found, Headers, Placed
 
@@ -152,6 +153,23 @@ class SavedChild:
                     for s in pieces_within(self._header(file).get(name, ()), start, end)
                 ]
             yield from pieces
+
+    def patches(self, *, since: SavedChild | None = None, only: Only | None = None) -> Iterator[CheckpointWeightPatch]:
+        """The child as an inference server takes it, tensor after tensor. See [Note: patches] in patches.py.
+
+        Args:
+            since: an earlier version of the same child: only what has changed is sent.
+            only: "whole": dense patches of the tensors that the child has every element of; "partial": sparse ones of the others.
+                None: sparse patches of all.
+
+        Raises:
+            ChildFileError, ValueError: see `read` and `patch_of`.
+        """
+        for name in sorted(self.stored):
+            before = None if since is None else since.read(name)
+            patch = patch_of(self.parameter(name), self.read(name), before, only)
+            if patch is not None:
+                yield patch
 
     @cached_property
     def _kept(self) -> dict[str, int]:
