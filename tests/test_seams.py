@@ -398,7 +398,8 @@ MAY_IMPORT = {
     "child": {"child", "shards", "config"},
     "zero": {"zero", "child", "shards", "ranks"},
     "selection": {"selection", "child", "zero", "shards", "ranks", "config", "random_states"},
-    "child_files": {"child_files", "child", "zero", "shards", "ranks", "gathering", "_version"},
+    "child_files": {"child_files", "child", "zero", "shards", "ranks", "gathering", "names", "_version"},
+    "planning": {"planning", "selection", "child", "zero", "shards", "config", "names"},
 }
 """What each wing's modules import from the package. `checkpoint/` and the top level join them, and nothing below imports those."""
 

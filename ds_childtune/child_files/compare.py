@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from ds_childtune.child_files.fingerprint import bits
 from ds_childtune.child_files.format import ChildFileError, ParameterEntry, Piece
 from ds_childtune.child_files.reader import SavedChild
+from ds_childtune.names import block_of
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,7 @@ def by_layer(overlaps: Iterable[Overlap]) -> list[Overlap]:
     """Sums over the parameters of each repeated block, named by its path; others stay by themselves."""
     groups: dict[str, list[Overlap]] = {}
     for overlap in overlaps:
-        block = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", overlap.name)
-        groups.setdefault(block.group(0) if block else overlap.name, []).append(overlap)
+        groups.setdefault(block_of(overlap.name) or overlap.name, []).append(overlap)
     return [total(name, group) for name, group in groups.items()]
 
 

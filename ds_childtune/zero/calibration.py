@@ -65,7 +65,12 @@ def splits(engine: Engine, parameters: Mapping[str, nn.Parameter]) -> dict[str, 
 
 def bucket_numel(engine: Engine) -> int:
     """Elements of the pass's bucket: as many as training's, up to a limit."""
-    return min(int(engine._config.zero_config.reduce_bucket_size), _BUCKET)
+    return bucket_beside(int(engine._config.zero_config.reduce_bucket_size))
+
+
+def bucket_beside(reduce_bucket_size: int) -> int:
+    """`bucket_numel` for a bucket of training's."""
+    return min(reduce_bucket_size, _BUCKET)
 
 
 def loss_scale(engine: Engine) -> float:

@@ -12,40 +12,62 @@ from torch import Tensor
 
 from ds_childtune.shards import FlatShard
 from ds_childtune.zero.checkpoint_read import What
+from ds_childtune.zero.config_reading import ConfigReading
 from ds_childtune.zero.engine import Engine, Wrapper, base_optimizer, wrapper_of
 from ds_childtune.zero.layout import SavedShard
 from ds_childtune.zero.overrides import Overrides
+from ds_childtune.zero.supported import Refusal
+
+SAVING_REFUSALS = (
+    Refusal(
+        "a decoupled checkpoint writer, which is not done when save_checkpoint returns",
+        "remove checkpoint.writer.decoupled",
+        lambda engine: bool(engine.checkpoint_engine.is_decoupled()),
+        lambda config: bool((config.block("checkpoint").get("writer") or {}).get("decoupled")),
+    ),
+    Refusal(
+        "checkpoints on node-local storage",
+        "remove checkpoint.use_node_local_storage, and save to a file system that every rank sees",
+        lambda engine: bool(engine.use_node_local_storage()),
+        lambda config: bool(config.block("checkpoint").get("use_node_local_storage")),
+    ),
+    Refusal(
+        "zero_optimization.elastic_checkpoint",
+        "remove it: checkpoints of a child can be loaded at any world size without",
+        lambda engine: bool(engine.zero_elastic_checkpoint()),
+        lambda config: bool(config.zero.elastic_checkpoint),
+    ),
+)
+"""Ways of writing checkpoints that could not be made whole."""
+
+_UNIVERSAL = (
+    "ds_childtune does not load universal checkpoints, which have no child and no count of its steps. Remedy: remove"
+    " checkpoint.load_universal, and load the checkpoint that was converted: one with a child loads at any world size and"
+    " ZeRO stage as it is. A universal checkpoint of a run without a child can be loaded before attach."
+)
 
 
 def refuse_unsupported_saving(engine: Engine) -> None:
     """Raise NotImplementedError, with a remedy, for a way of writing checkpoints that could not be made whole."""
-    refusals = {
-        "a decoupled checkpoint writer, which is not done when save_checkpoint returns": (
-            engine.checkpoint_engine.is_decoupled(),
-            "remove checkpoint.writer.decoupled",
-        ),
-        "checkpoints on node-local storage": (
-            engine.use_node_local_storage(),
-            "remove checkpoint.use_node_local_storage, and save to a file system that every rank sees",
-        ),
-        "zero_optimization.elastic_checkpoint": (
-            engine.zero_elastic_checkpoint(),
-            "remove it: checkpoints of a child can be loaded at any world size without",
-        ),
-    }
-    for what, (refused, remedy) in refusals.items():
-        if refused:
-            raise NotImplementedError(f"ds_childtune does not save checkpoints with {what}. Remedy: {remedy}.")
+    for refusal in SAVING_REFUSALS:
+        if refusal.on_engine(engine):
+            raise NotImplementedError(_not_saved(refusal))
+
+
+def checkpoints_refused_in(config: ConfigReading) -> list[str]:
+    """What `save_checkpoint` and `load_checkpoint` will refuse, as far as a config says it: their messages."""
+    found = [_not_saved(r) for r in SAVING_REFUSALS if r.in_config is not None and r.in_config(config)]
+    return found + [_UNIVERSAL] * bool(config.block("checkpoint").get("load_universal"))
+
+
+def _not_saved(refusal: Refusal) -> str:
+    return f"ds_childtune does not save checkpoints with {refusal.what}. Remedy: {refusal.remedy}."
 
 
 def refuse_universal(engine: Engine) -> None:
     """Raise NotImplementedError when DeepSpeed would look for a universal checkpoint, which has no child."""
     if engine.load_universal_checkpoint():
-        raise NotImplementedError(
-            "ds_childtune does not load universal checkpoints, which have no child and no count of its steps. Remedy: remove"
-            " checkpoint.load_universal, and load the checkpoint that was converted: one with a child loads at any world size and"
-            " ZeRO stage as it is. A universal checkpoint of a run without a child can be loaded before attach."
-        )
+        raise NotImplementedError(_UNIVERSAL)
 
 
 @contextmanager

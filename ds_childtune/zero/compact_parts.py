@@ -6,7 +6,8 @@ Everywhere *moments* exist for the child's elements only. DeepSpeed can also be 
     ZeRO 1, 2    masters                   without offload, and with gradients that are accumulated in the model's dtype
     ZeRO-3       masters and gradients     without offload, and where no norm of the whole gradient is needed
 
-so that is done where the config allows it. This file decides; `compact_stage12.py` and `compact_stage3.py` do it.
+so that is done where the config allows it. This file decides, for an engine or beforehand for a config; `compact_stage12.py` and
+`compact_stage3.py` do it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ds_childtune.child.compact import Plumbing
+from ds_childtune.child.compact import Parts, Plumbing
 from ds_childtune.zero.compact_stage3 import ZeroThreePlumbing
 from ds_childtune.zero.compact_stage12 import ZeroTwoPlumbing
-from ds_childtune.zero.engine import Engine, Wrapper, is_offloaded, wrapper_of
+from ds_childtune.zero.engine import Engine, Wrapper
 from ds_childtune.zero.lean_start import is_lean
+from ds_childtune.zero.settings import Settings
 
 Clip = Literal["dense", "child"] | None
 """`child_tuning.clip`."""
@@ -37,21 +39,31 @@ class CompactParts:
     @classmethod
     def of(cls, engine: Engine, clip: Clip) -> CompactParts:
         """As much as there can be without changing what the config says about the gradient norm."""
-        against = _reason_against(engine, clip)
-        if against is not None:
-            return cls(None, f"moments of the child only; masters and gradients stay whole: {against}")
-        if wrapper_of(engine) is Wrapper.ZERO_3:
-            text = "moments, masters and gradients of the child only; the gradient norm is the child's"
-            return cls(ZeroThreePlumbing(engine), text)
-        text = "moments and masters of the child only; gradients stay whole: ZeRO 1 and 2 reduce them so"
-        return cls(ZeroTwoPlumbing(engine), text)
+        parts, text = compact_parts(Settings.of_engine(engine), clip)
+        if parts == "moments":
+            return cls(None, text)
+        return cls(ZeroTwoPlumbing(engine) if parts == "moments and masters" else ZeroThreePlumbing(engine), text)
+
+
+def compact_parts(settings: Settings, clip: Clip) -> tuple[Parts, str]:
+    """What a compact child has to itself, and the same for a reader, with why it is not more."""
+    against = _reason_against(settings, clip)
+    if against is not None:
+        return "moments", f"moments of the child only; masters and gradients stay whole: {against}"
+    if settings.wrapper is Wrapper.ZERO_3:
+        text = "moments, masters and gradients of the child only; the gradient norm is the child's"
+        return "moments, masters and gradients", text
+    return (
+        "moments and masters",
+        "moments and masters of the child only; gradients stay whole: ZeRO 1 and 2 reduce them so",
+    )
 
 
 def refuse_lean(engine: Engine, *, compact: bool, clip: Clip) -> None:
     """Raise NotImplementedError where an engine of `lean_start` would need what it left out."""
     if not is_lean(engine):
         return
-    reason = _reason_against(engine, clip) if compact else 'optimizer_state is "dense"'
+    reason = _reason_against(Settings.of_engine(engine), clip) if compact else 'optimizer_state is "dense"'
     if reason is not None:
         raise NotImplementedError(
             f'attach: after lean_start, expected a child of optimizer_state "compact" with compact masters and gradients, but'
@@ -76,18 +88,16 @@ def can_start_lean(config: Mapping[str, Any]) -> bool:
     )
 
 
-def _reason_against(engine: Engine, clip: Clip) -> str | None:
+def _reason_against(settings: Settings, clip: Clip) -> str | None:
     """Why masters cannot be compact, or None."""
-    optimizer = engine.optimizer
-    wrapper = wrapper_of(engine)
-    if wrapper not in (Wrapper.ZERO_1_2, Wrapper.ZERO_3):
-        return f"{type(optimizer).__name__} keeps them in another way than ZeRO's"
-    if is_offloaded(engine) or (wrapper is Wrapper.ZERO_3 and optimizer.offload_param):
+    if settings.wrapper not in (Wrapper.ZERO_1_2, Wrapper.ZERO_3):
+        return f"{settings.keeper} keeps them in another way than ZeRO's"
+    if settings.offloaded:
         return "with offload the optimizer's state is not on the device"
-    if wrapper is Wrapper.ZERO_3:
-        return _norm_of_whole(clip, clips=engine.gradient_clipping() > 0)
-    if optimizer.gradient_accumulation_dtype != optimizer.dtype:
-        return f"gradients are accumulated in {optimizer.gradient_accumulation_dtype}, parameters are {optimizer.dtype}"
+    if settings.wrapper is Wrapper.ZERO_3:
+        return _norm_of_whole(clip, clips=settings.clips)
+    if settings.accumulation != settings.dtype:
+        return f"gradients are accumulated in {settings.accumulation}, parameters are {settings.dtype}"
     return None
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ds_childtune.ranks import raise_together
+from ds_childtune.zero.config_reading import ConfigReading
 from ds_childtune.zero.engine import Engine, Wrapper, base_optimizer, wrapped_groups, wrapper_of
 
 
@@ -68,6 +71,139 @@ def missing_groups(engine: Engine) -> str | None:
     )
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A set-up where masks would not act or not be exact, and how an engine and a config show it."""
+
+    what: str
+    """May contain {optimizer}, the base optimizer's name, and {wrapper}, the class around it."""
+    remedy: str
+    on_engine: Callable[[Engine], bool]
+    in_config: Callable[[ConfigReading], bool] | None = None
+    """None: a config does not say it."""
+
+    def __call__(self, optimizer: str, wrapper: str = "") -> str:
+        """The message."""
+        what = self.what.format(optimizer=optimizer, wrapper=wrapper)
+        return f"ds_childtune does not support {what}. Remedy: {self.remedy}."
+
+
+_NOT_BY_ELEMENT = ("onebit", "zerooneadam", "muon")
+"""Parts of the names, in lower case, of optimizers that do not step `.grad` of flat shards element by element."""
+
+
+def _offload(engine: Engine) -> Any:
+    return engine._config.zero_config.offload_optimizer
+
+
+REFUSALS = (
+    Refusal(
+        "pipeline parallelism",
+        "use ZeRO data parallelism",
+        lambda engine: bool(engine.pipeline_parallelism),
+    ),
+    Refusal(
+        "tensor parallelism (AutoTP or an mpu)",
+        "use ZeRO-3",
+        lambda engine: engine.autotp_size() > 1 or engine.mpu is not None,
+        lambda config: int(config.block("tensor_parallel").get("autotp_size", 0)) > 1,
+    ),
+    Refusal(
+        "sequence parallelism",
+        "use ZeRO data parallelism",
+        lambda engine: engine.sequence_parallel_size > 1,
+        lambda config: int(config.value("sequence_parallel_size", 1)) > 1,
+    ),
+    Refusal(
+        "mixture of experts with expert parallelism",
+        "train the experts data-parallel",
+        lambda engine: bool(engine.has_moe_layers),
+    ),
+    Refusal(
+        "MiCS",
+        "remove zero_optimization.mics_shard_size",
+        lambda engine: getattr(engine._config.zero_config, "mics_shard_size", -1) > 0,
+        lambda config: int(config.block("zero_optimization").get("mics_shard_size", -1)) > 0,
+    ),
+    Refusal(
+        "hpZ",
+        "remove zero_optimization.zero_hpz_partition_size",
+        lambda engine: engine._config.zero_config.zero_hpz_partition_size > 1,
+        lambda config: config.zero.zero_hpz_partition_size > 1,
+    ),
+    Refusal(
+        "ZenFlow",
+        "remove zero_optimization.zenflow",
+        lambda engine: bool(engine.zenflow),
+        lambda config: bool(config.block("zero_optimization").get("zenflow")),
+    ),
+    Refusal(
+        "SuperOffload",
+        "remove offload_optimizer.super_offload",
+        lambda engine: bool(engine.super_offload()),
+        lambda config: bool(getattr(config.zero.offload_optimizer, "super_offload", False)),
+    ),
+    Refusal(
+        "offloading optimizer state to NVMe",
+        'use offload_optimizer.device "cpu"',
+        lambda engine: (
+            _offload(engine) is not None
+            and str(getattr(_offload(engine).device, "value", _offload(engine).device)) == "nvme"
+        ),
+        lambda config: config.offload("offload_optimizer") == "nvme",
+    ),
+    Refusal(
+        "offload_optimizer.ratio below 1",
+        "remove offload_optimizer.ratio",
+        lambda engine: _offload(engine) is not None and engine.zero_partial_offload() not in (None, 1, 1.0),
+        lambda config: getattr(config.zero.offload_optimizer, "ratio", 1.0) not in (None, 1, 1.0),
+    ),
+    Refusal(
+        "DeepCompile",
+        "remove compile.deepcompile",
+        lambda engine: bool(engine.is_deepcompile_enabled()),
+        lambda config: bool(config.block("compile").get("deepcompile")),
+    ),
+    Refusal(
+        "legacy optimizer fusion in fp16",
+        'use the "adamw" optimizer, and remove legacy_fusion',
+        lambda engine: (
+            getattr(engine.optimizer, "fused_adam_legacy", False)
+            or getattr(engine.optimizer, "fused_lamb_legacy", False)
+        ),
+        lambda config: (
+            bool(config.block("optimizer").get("legacy_fusion")) and config.stage == 0 and config.enabled("fp16")
+        ),
+    ),
+    Refusal(
+        "torch_autocast in fp16, whose gradient scaler may skip single shards",
+        "use bf16",
+        lambda engine: (
+            bool(engine.torch_autocast_z0_gradscaler)
+            or bool(getattr(engine.optimizer, "torch_autocast_gradscaler", None))
+        ),
+        lambda config: config.autocasts_to_fp16,
+    ),
+    Refusal(
+        "the optimizer {optimizer}, which does not step `.grad` of flat shards element by element",
+        "use AdamW, SGD or Lion",
+        lambda engine: _steps_otherwise(type(engine.basic_optimizer).__name__),
+        lambda config: _steps_otherwise(config.optimizer or ""),
+    ),
+    Refusal(
+        "the optimizer {optimizer}, whose step does not call torch's step hooks",
+        "use the optimizer that it wraps, or call torch.optim.Optimizer.__init__ in its constructor",
+        lambda engine: not _fires_hooks(base_optimizer(engine)),
+    ),
+    Refusal(
+        "the optimizer wrapper {wrapper}",
+        "use ZeRO stage 0, 1, 2 or 3 with a standard optimizer",
+        lambda engine: engine.optimizer is not engine.basic_optimizer and wrapper_of(engine) is Wrapper.NONE,
+    ),
+)
+"""What `attach` refuses, in order."""
+
+
 def refuse_unsupported_engine(engine: Engine) -> None:
     """Raise NotImplementedError, with a remedy, for a set-up where masks would not act or not be exact."""
     base = engine.basic_optimizer
@@ -78,52 +214,23 @@ def refuse_unsupported_engine(engine: Engine) -> None:
         )
     if (problem := missing_groups(engine)) is not None:
         raise ValueError(f"attach: {problem}")
-    zero = engine._config.zero_config
-    offload = zero.offload_optimizer
-    base_name = type(base).__name__
-    wrapper = engine.optimizer
-    refusals = {
-        "pipeline parallelism": (engine.pipeline_parallelism, "use ZeRO data parallelism"),
-        "tensor parallelism (AutoTP or an mpu)": (engine.autotp_size() > 1 or engine.mpu is not None, "use ZeRO-3"),
-        "sequence parallelism": (engine.sequence_parallel_size > 1, "use ZeRO data parallelism"),
-        "mixture of experts with expert parallelism": (engine.has_moe_layers, "train the experts data-parallel"),
-        "MiCS": (getattr(zero, "mics_shard_size", -1) > 0, "remove zero_optimization.mics_shard_size"),
-        "hpZ": (zero.zero_hpz_partition_size > 1, "remove zero_optimization.zero_hpz_partition_size"),
-        "ZenFlow": (bool(engine.zenflow), "remove zero_optimization.zenflow"),
-        "SuperOffload": (bool(engine.super_offload()), "remove offload_optimizer.super_offload"),
-        "offloading optimizer state to NVMe": (
-            offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme",
-            'use offload_optimizer.device "cpu"',
-        ),
-        "offload_optimizer.ratio below 1": (
-            offload is not None and engine.zero_partial_offload() not in (None, 1, 1.0),
-            "remove offload_optimizer.ratio",
-        ),
-        "DeepCompile": (engine.is_deepcompile_enabled(), "remove compile.deepcompile"),
-        "legacy optimizer fusion in fp16": (
-            getattr(wrapper, "fused_adam_legacy", False) or getattr(wrapper, "fused_lamb_legacy", False),
-            'use the "adamw" optimizer, and remove legacy_fusion',
-        ),
-        "torch_autocast in fp16, whose gradient scaler may skip single shards": (
-            bool(engine.torch_autocast_z0_gradscaler) or bool(getattr(wrapper, "torch_autocast_gradscaler", None)),
-            "use bf16",
-        ),
-        f"the optimizer {base_name}, which does not step `.grad` of flat shards element by element": (
-            any(word in base_name for word in ("Onebit", "OnebitAdam", "ZeroOneAdam", "Muon")),
-            "use AdamW, SGD or Lion",
-        ),
-        f"the optimizer {base_name}, whose step does not call torch's step hooks": (
-            not _fires_hooks(base_optimizer(engine)),
-            "use the optimizer that it wraps, or call torch.optim.Optimizer.__init__ in its constructor",
-        ),
-        f"the optimizer wrapper {type(wrapper).__name__}": (
-            wrapper is not base and wrapper_of(engine) is Wrapper.NONE,
-            "use ZeRO stage 0, 1, 2 or 3 with a standard optimizer",
-        ),
-    }
-    for what, (refused, remedy) in refusals.items():
-        if refused:
-            raise NotImplementedError(f"ds_childtune does not support {what}. Remedy: {remedy}.")
+    for refusal in REFUSALS:
+        if refusal.on_engine(engine):
+            raise NotImplementedError(refusal(type(base).__name__, type(engine.optimizer).__name__))
+
+
+def refused_in(config: ConfigReading) -> list[str]:
+    """What `attach` will refuse, as far as a config says it: its messages.
+
+    Raises:
+        ValueError: for what DeepSpeed refuses.
+    """
+    found = [r for r in REFUSALS if r.in_config is not None and r.in_config(config)]
+    return [refusal(config.optimizer or "") for refusal in found]
+
+
+def _steps_otherwise(name: str) -> bool:
+    return any(word in name.lower().replace("_", "") for word in _NOT_BY_ELEMENT)
 
 
 def _fires_hooks(optimizer: Any) -> bool:
