@@ -93,6 +93,13 @@ def test_the_page_shows_the_committed_results_and_no_others() -> None:
     assert shown == expected
 
 
+def test_the_second_study_s_results_are_of_its_grid() -> None:
+    """Else the queue could not go on from them: its YAML files are as they were when its runs were made."""
+    ours = study_grid.read_grid(ROOT / "launch" / "study" / "lm.yaml")
+    path = ROOT / "docs" / "evidence" / "lm.jsonl"
+    assert len(study_grid.read_results(path, ours)) == len(path.read_text().splitlines())
+
+
 def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", whole(grid(), {"vanilla": [0.5]}))
     assert len(study_grid.read_results(path, grid())) == 3
