@@ -32,6 +32,10 @@ class Arguments:
         list[str] | None, _help("NAME=FILE of another domain with the same labels; may be given again.")
     ] = None
     text_columns: Annotated[str | None, _help("One column, or two with a comma; guessed when absent.")] = None
+    chat_template: Annotated[Path | None, _help("causal-lm: a template for the tokenizer, in Jinja.")] = None
+    packing: Annotated[bool, _help("Chat data: several examples in a row of --max-length tokens, without padding.")] = (
+        False
+    )
     label_column: Annotated[str, _help("Column of the label.")] = "label"
     train_limit: Annotated[int | None, _help("Train on so many examples, after a seeded shuffle.")] = None
     max_length: Annotated[int, _help("Tokens of an example; longer ones are cut.")] = 128
@@ -71,6 +75,9 @@ class Arguments:
         None
     )
     attention: Annotated[Literal["eager", "sdpa"] | None, _help("Of the model; eager is faster on some CPUs.")] = None
+    gradient_checkpointing: Annotated[bool, _help("Compute activations again in the backward pass: less memory.")] = (
+        False
+    )
     precision: Annotated[
         Literal["auto", "bf16", "fp32"], _help("auto: the DeepSpeed config's on a GPU, fp32 on a CPU.")
     ] = "auto"
@@ -112,6 +119,10 @@ class Arguments:
             raise ValueError(
                 f"--peft {self.peft}: expected --method plain, as adapters are not masked here, got {self.method}."
                 " Remedy: add --method plain."
+            )
+        if self.packing and self.task != "causal-lm":
+            raise ValueError(
+                f"--packing: expected --task causal-lm, got {self.task}. Remedy: --group-by-length also saves padding."
             )
         others = [other.partition("=")[0] for other in self.also_eval or ()]
         if self.kl is not None and (self.task != "causal-lm" or self.kl not in others):

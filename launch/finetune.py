@@ -2,11 +2,12 @@
 
     deepspeed launch/finetune.py --compare                            # BBC news with MiniLM, both from PyPI: no hub needed
     deepspeed launch/finetune.py --model bert-large-cased --data nyu-mll/glue --data-config rte --reserve-p 0.3
+    deepspeed launch/finetune.py --task causal-lm --model ./SmolLM2 --train-file chats.jsonl --eval-file dev.jsonl --packing
     deepspeed launch/finetune.py --task regression --train-file stsb.jsonl --eval-file stsb-dev.jsonl --method plain
 
 It reads from top to bottom: DeepSpeed config, model, training, one run from data to scores, results. Beside it are its options
-(arguments.py), ranks (processes.py), data (text_data.py) and scores (evaluation.py). Another script can have the same job without
-the command line: `with processes(): run(Arguments(...))`, or only `run(...)` where there is a process group.
+(arguments.py), ranks (processes.py), data (text_data.py, chat_data.py) and scores (evaluation.py). Another script can have the same
+job without the command line: `with processes(): run(Arguments(...))`, or only `run(...)` where there is a process group.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ def load_tokenizer(args: Arguments) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(model_path(args.model))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if args.chat_template is not None:
+        tokenizer.chat_template = args.chat_template.read_text()
     return tokenizer
 
 
@@ -128,6 +131,10 @@ def load_model(args: Arguments, config: dict[str, Any], labels: Sequence[str], p
     model, info = cls.from_pretrained(path, output_loading_info=True, **options)
     del zero3
     draw_head(model, info["missing_keys"], args.seed)
+    if args.task == "causal-lm":
+        model.config.use_cache = False  # with one, transformers' attention does not keep packed examples apart
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model if args.peft is None else adapted(model, args)  # type: ignore[no-any-return]
 
 
@@ -268,7 +275,7 @@ def run(args: Arguments) -> dict[str, Any]:
     curve.look(steps)
     metrics, others = curve.points[-1]["metrics"], curve.points[-1]["also"]
     if args.output is not None:
-        save(engine, tokenizer, args.output)
+        save(engine, tokenizer, args, args.output)
     if child is not None and args.export is not None:
         child.export(args.export)
 
@@ -358,16 +365,25 @@ def step_count(config: dict[str, Any], examples: int, epochs: float) -> int:
     return max(1, round(epochs * examples / batch))
 
 
-def save(engine: Any, tokenizer: Any, folder: Path) -> None:
-    """A folder for `from_pretrained`. A collective: under ZeRO-3 the shards meet on rank 0."""
-    if dist.get_rank() == 0:
-        engine.module.config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    if not engine.save_16bit_model(str(folder)):
+def save(engine: Any, tokenizer: Any, args: Arguments, folder: Path) -> None:
+    """A folder for `from_pretrained`, in safetensors; with peft only the adapters. A collective: ZeRO-3's shards meet on rank 0."""
+    if engine.zero_optimization_stage() < 3:
+        weights = engine.module.state_dict()
+    elif engine.zero_gather_16bit_weights_on_model_save():
+        weights = engine._zero3_consolidated_16bit_state_dict()  # as accelerate does
+    else:
         raise ValueError(
             "--output: expected zero_optimization.stage3_gather_16bit_weights_on_model_save to be true, got false."
             " Remedy: set it in the DeepSpeed config."
         )
+    if dist.get_rank() == 0:
+        if args.task == "causal-lm":
+            engine.module.config.use_cache = getattr(
+                AutoConfig.from_pretrained(model_path(args.model)), "use_cache", True
+            )
+        engine.module.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+    dist.barrier()
 
 
 # ---------------------------------------------------------------- results

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from arguments import Arguments
+from chat_data import chat_rows, is_chat, packed
 from datasets import ClassLabel, Dataset, load_dataset
 from deepspeed import comm as dist
 
@@ -41,7 +43,7 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Data:
-    """Tokenised rows: `input_ids`, `attention_mask`, and `labels` unless the text is its own label."""
+    """Tokenised rows: `input_ids`, `attention_mask` and `labels`; rows of several examples have `position_ids` and no mask."""
 
     train: Dataset
     eval: Dataset
@@ -56,7 +58,11 @@ class Data:
 def load_data(args: Arguments, tokenizer: Any) -> Data:
     """The same rows in the same order on every rank: who trains on which is decided later, by row number."""
     train, held_out = load_splits(args)
-    columns = text_columns(args, train)
+    if args.packing and not is_chat(train.column_names):
+        raise ValueError(
+            f"--packing: expected chat data, got the columns {', '.join(train.column_names)}. Remedy: leave it out; blocks of plain"
+            " text have no padding."
+        )
     labels: list[Any] = []
     if args.task == "classification":
         labels = class_labels(args, train, held_out)
@@ -64,7 +70,9 @@ def load_data(args: Arguments, tokenizer: Any) -> Data:
     if args.train_limit is not None:
         train = train.shuffle(seed=args.seed).select(range(min(args.train_limit, len(train))))
 
-    def tokenize(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def tokenize(rows: dict[str, list[Any]], columns: tuple[str, ...]) -> dict[str, list[Any]]:
+        if not columns:
+            return chat_rows(tokenizer, rows, args.max_length)
         texts = [rows[c] for c in columns]
         if args.task == "causal-lm" and "prompt" in rows:
             return answers(tokenizer, rows["prompt"], texts[0], args.max_length)
@@ -75,11 +83,23 @@ def load_data(args: Arguments, tokenizer: Any) -> Data:
         return tokens | {"labels": [labels.index(y) for y in column] if labels else [float(y) for y in column]}
 
     def tokenized(rows: Dataset, what: str) -> Dataset:
-        rows = rows.map(tokenize, batched=True, remove_columns=rows.column_names, desc=f"Tokenising {what}")
+        chat = args.task == "causal-lm" and args.text_columns is None and is_chat(rows.column_names)
+        columns = {"columns": () if chat else text_columns(args, rows)}
+        given = len(rows)
+        rows = rows.map(
+            tokenize, batched=True, remove_columns=rows.column_names, desc=f"Tokenising {what}", fn_kwargs=columns
+        )
+        if chat and len(rows) < given and dist.get_rank() == 0:
+            print(
+                f"{what}: {given - len(rows)} of {given} examples have no answer within --max-length, and are left out"
+            )
+        if args.packing and what == "train":
+            fit = {"length": args.max_length, "pad": tokenizer.pad_token_id}
+            rows = rows.map(packed, batched=True, remove_columns=rows.column_names, desc="Packing", fn_kwargs=fit)
         if not len(rows):
             raise ValueError(
                 f"expected examples to {what} on, got none. Remedy: look at the {what} data; a language model needs at"
-                f" least one block of --max-length {args.max_length} tokens."
+                f" least one block of --max-length {args.max_length} tokens, and chat data an answer that begins in them."
             )
         return rows
 
@@ -231,7 +251,14 @@ def calibration_batches(rows: Dataset, collate: Collate, batch_size: int, *, gro
 def collator(task: str, tokenizer: Any) -> Collate:
     """Rows to tensors, padded to the longest of the batch; blocks of a language model are of one length."""
     if task == "causal-lm":
-        return transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+        padded = transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+
+        def collate(rows: list[dict[str, Any]]) -> Batch:
+            if "position_ids" in rows[0]:  # packed to one length
+                return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+            return padded(rows)  # type: ignore[no-any-return]
+
+        return collate
     return transformers.DataCollatorWithPadding(tokenizer)
 
 
