@@ -196,7 +196,7 @@ def _numbers(report: Report) -> dict[str, float]:
 
 
 def _closed(batches: Any) -> Any:
-    """The same batches; accelerate's data loaders are told that an iteration that was ended early is over."""
+    """The same batches. An accelerate data loader whose iteration was ended early is closed."""
     if not hasattr(batches, "gradient_state"):
         return batches
 

@@ -1,7 +1,7 @@
 """End with the launcher: no rank trains on when the `deepspeed` command has ended.
 
 On one node, a SIGTERM to `deepspeed` ends only that process; the one that it started to look after the ranks, and the ranks, would
-train on as orphans. Whoever gets the signal in a container or from a scheduler is `deepspeed`.
+train on as orphans. In a container, or from a scheduler, it is `deepspeed` that gets the signal.
 """
 
 from __future__ import annotations

@@ -71,9 +71,9 @@ class Arguments:
     eval_batch_size: Annotated[int, _help("Examples per rank and forward pass.")] = 32
     eval_every: Annotated[int | None, _help("Evaluate every so many steps, too; the result has the curve.")] = None
     eval_first: Annotated[bool, _help("Begin the curve with an evaluation before training.")] = False
-    kl: Annotated[str | None, _help("causal-lm: NAME of --also-eval on which KL to the untrained model is told.")] = (
-        None
-    )
+    kl: Annotated[
+        str | None, _help("causal-lm: NAME of --also-eval on which KL to the untrained model is reported.")
+    ] = None
     attention: Annotated[Literal["eager", "sdpa"] | None, _help("Of the model; eager is faster on some CPUs.")] = None
     gradient_checkpointing: Annotated[bool, _help("Compute activations again in the backward pass: less memory.")] = (
         False
@@ -88,7 +88,7 @@ class Arguments:
     output: Annotated[Path | None, _help("Folder for the tuned model, in transformers' format.")] = None
     export: Annotated[Path | None, _help("Folder for only the child's values, see docs/child_files.md.")] = None
     checkpoints: Annotated[
-        Path | None, _help("Folder of checkpoints; the same command goes on from the last whole one.")
+        Path | None, _help("Folder of checkpoints; the same command continues from the last whole one.")
     ] = None
     save_every: Annotated[int, _help("Steps between checkpoints.")] = 500
     results: Annotated[Path | None, _help("File that gets one more JSON line.")] = None

@@ -89,7 +89,8 @@ def test_fused_adam_and_empty_child_shards(pool: RankPool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("zero1-bf16", "F"), ("zero2", "D"), ("zero3-deep-bf16", "D-compact"), ("zero0-bf16", "F")]
+    ("name", "mode"),
+    [("zero1-bf16", "F"), ("zero2", "D"), ("zero3-all-compact-bf16", "D-compact"), ("zero0-bf16", "F")],
 )
 def test_resume(pool: RankPool, name: str, mode: str, tmp_path: Path) -> None:
     """Bit for bit, random states of the device included."""

@@ -24,10 +24,10 @@ from tests.support.bits import equal_bits
 from tests.support.blocks import BLOCKS, COMPACT
 from tests.support.engines import Setup, Weights, engine_of, master_weights, model_weights
 from tests.support.ranks import RankPool
-from tests.support.resuming import DEEP, SETUPS, N, check_equal, resumed, share, train, whole
+from tests.support.resuming import ALL_COMPACT, SETUPS, N, check_equal, resumed, share, train, whole
 
 FEW = {"zero0": "D-compact", "zero0-bf16": "F"} | {
-    name: "D-compact" for name in SETUPS if name.startswith("zero3-deep")
+    name: "D-compact" for name in SETUPS if name.startswith("zero3-all-compact")
 }
 FEW |= {"zero3-lean-bf16": "D-compact"}
 CELLS = [(name, mode) for name in SETUPS for mode in BLOCKS if FEW.get(name, mode) == mode]
@@ -83,7 +83,7 @@ def loaded_over_a_child(setup: Setup, folder: str, fails: bool) -> tuple[list[bo
 def test_nothing_becomes_dense_while_a_child_is_loaded_over_another(
     pool: RankPool, stage: int, fails: bool, tmp_path: Any
 ) -> None:
-    setup = replace(DEEP, stage=stage, bf16=True)
+    setup = replace(ALL_COMPACT, stage=stage, bf16=True)
     for seen, dense, moved in pool[2].run(loaded_over_a_child, setup, str(tmp_path), fails):
         assert len(seen) > 1
         assert all(seen)
@@ -113,7 +113,7 @@ def before_a_child_is_chosen(setup: Setup, folder: str) -> tuple[Weights, Weight
 @pytest.mark.parametrize("stage", [1, 3])
 def test_saved_with_moments_before_a_child_is_chosen(pool: RankPool, stage: int, tmp_path: Any) -> None:
     """In fp32, where attaching makes masters views of the parameters."""
-    for went_on, loaded in pool[2].run(before_a_child_is_chosen, replace(DEEP, stage=stage), str(tmp_path)):
+    for went_on, loaded in pool[2].run(before_a_child_is_chosen, replace(ALL_COMPACT, stage=stage), str(tmp_path)):
         assert equal_bits(went_on, loaded)
 
 
@@ -151,7 +151,7 @@ def out_of_memory_on_one_rank(setup: Setup, folder: str, where: str) -> tuple[st
 @pytest.mark.parametrize("where", ["save", "load", "DeepSpeed's load", "load elsewhere"])
 def test_no_rank_waits_for_one_without_memory(pool: RankPool, where: str, tmp_path: Any) -> None:
     for said, saved in pool[2].run(
-        out_of_memory_on_one_rank, replace(DEEP, persistence_threshold=50), str(tmp_path), where
+        out_of_memory_on_one_rank, replace(ALL_COMPACT, persistence_threshold=50), str(tmp_path), where
     ):
         assert "rank 1" in said
         assert "no memory for a copy" in said
@@ -210,8 +210,8 @@ def load_a_universal(setup: Setup, folder: str) -> tuple[str, str, int]:
 
 
 def test_universal_checkpoints_are_refused(pool: RankPool, tmp_path: Path) -> None:
-    pool[2].run(save_two, DEEP, str(tmp_path))
-    for with_latest, with_tag, step in pool[1].run(load_a_universal, replace(DEEP, stage=2), str(tmp_path)):
+    pool[2].run(save_two, ALL_COMPACT, str(tmp_path))
+    for with_latest, with_tag, step in pool[1].run(load_a_universal, replace(ALL_COMPACT, stage=2), str(tmp_path)):
         assert "remove checkpoint.load_universal" in with_latest
         assert with_latest == with_tag
         assert step == 2
@@ -244,13 +244,13 @@ def save_two(setup: Setup, folder: str) -> Weights:
 
 def test_rank_0_looks_for_all(pool: RankPool, tmp_path: Path) -> None:
     """Whether there is a checkpoint, which, and whether it has a child; else ranks would meet in different collectives."""
-    saved = pool[2].run(save_two, DEEP, str(tmp_path))[0]
+    saved = pool[2].run(save_two, ALL_COMPACT, str(tmp_path))[0]
     for tag in ("two", None):
-        for masters, step, path in pool[2].run(load_with_a_stale_view, DEEP, str(tmp_path), tag):
+        for masters, step, path in pool[2].run(load_with_a_stale_view, ALL_COMPACT, str(tmp_path), tag):
             assert equal_bits(masters, saved)
             assert (step, path is None) == (2, False)
     (tmp_path / "latest").unlink()
-    for _, step, path in pool[2].run(load_with_a_stale_view, DEEP, str(tmp_path), None):
+    for _, step, path in pool[2].run(load_with_a_stale_view, ALL_COMPACT, str(tmp_path), None):
         assert (step, path) == (0, None)
 
 
@@ -275,8 +275,8 @@ def sizes_of_objects(setup: Setup, folder: str) -> list[int]:
 
 
 def test_objects_that_ranks_send_have_no_part_in_the_number_of_parameters(pool: RankPool, tmp_path: Path) -> None:
-    few = pool[2].run(sizes_of_objects, replace(DEEP, family="bert"), str(tmp_path / "bert"))[0]
-    many = pool[2].run(sizes_of_objects, replace(DEEP, family="t5"), str(tmp_path / "t5"))[0]
+    few = pool[2].run(sizes_of_objects, replace(ALL_COMPACT, family="bert"), str(tmp_path / "bert"))[0]
+    many = pool[2].run(sizes_of_objects, replace(ALL_COMPACT, family="t5"), str(tmp_path / "t5"))[0]
     assert len(few) >= 3, "vacuous: nothing was seen"
     assert len(few) == len(many)
     assert all(abs(a - b) < 50 for a, b in zip(few, many, strict=True)), (few, many)

@@ -1,4 +1,4 @@
-"""Whether a child can be trained by an engine's base optimizer, as far as trying it tells."""
+"""Whether a child can be trained by an engine's base optimizer, as far as trying it shows."""
 
 from __future__ import annotations
 

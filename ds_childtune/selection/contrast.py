@@ -3,7 +3,7 @@
 [Note: contrast]
 To second order, the loss on general text rises by 1/2 * sum of F_general,i * d_i**2 over the elements i that move by d_i (the
 diagonal of its Hessian is about the Fisher information F_general, and its gradient is about zero where training on general text has
-ended). Adam divides each element's step by the size of its own gradient, so inside a child all |d_i| are of one size: what a child
+ended). Adam divides each element's step by the size of its gradient, so inside a child all |d_i| are of one size: what a child
 of k elements costs is about the sum of its F_general,i, and what it learns is about the sum of |g_task,i|, the root of F_task,i.
 So take the elements that learn most for what they cost:
 
@@ -49,7 +49,7 @@ def check_against(selector: str, against: Iterable[Any] | None) -> None:
 
 
 def contrast(task: list[list[Scores]], general: list[list[Scores]], eligible: int) -> None:
-    """Turn the task's sums of Fisher information into scores, in place; the general sums are let go. A collective.
+    """Turn the task's sums of Fisher information into scores, in place; the general sums are freed. A collective.
 
     Args:
         task: for each flat shard, its eligible fragments' sums.

@@ -150,7 +150,7 @@ def _replacements(engine: Engine, ready: Ready) -> dict[str, Callable[..., Any]]
 
 
 def _backward(engine: Engine, loss: Tensor) -> None:
-    # A tensor of our own: DeepSpeed divides by the accumulation steps in a hook on the output, unless a hook on the loss that it
+    # Another tensor: DeepSpeed divides by the accumulation steps in a hook on the output, unless a hook on the loss that it
     # is given has fired before; at stage 0 both would be the same tensor, and its own would come second.
     engine.backward(loss * 1.0, scale_wrt_gas=False)
     if splits_parameters(engine):

@@ -222,7 +222,7 @@ def run(
     # What was finished before says nothing of how fast this machine is.
     bar = tqdm(total=total, initial=len(done & wanted), desc="Study", unit=" jobs", smoothing=0)
     runner = Runner(grid, data, results, jobs, gpus)
-    # As Ctrl-C does: jobs have sessions of their own, so that nobody else ends them.
+    # As Ctrl-C does: each job has its own session, so that only this ends it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # Seed by seed over all cells: a study that is stopped early has a table, of fewer seeds.
     runner.run([job for job in tuning if job not in done], bar)

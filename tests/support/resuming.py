@@ -81,15 +81,15 @@ def resumed(setup: Setup, block: dict[str, Any], folder: str) -> End:
         return end_of(engine, child, start)
 
 
-DEEP = replace(BASE, stage=3, clip=0.0)
+ALL_COMPACT = replace(BASE, stage=3, clip=0.0)
 """Where a compact child's own shards replace DeepSpeed's."""
 
 SETUPS = {
     **{f"zero{s}": replace(BASE, stage=s) for s in range(4)},
     **{f"zero{s}-bf16": replace(BASE, stage=s, bf16=True) for s in range(4)},
-    "zero3-deep": DEEP,
-    "zero3-deep-bf16": replace(DEEP, bf16=True),
-    "zero3-lean-bf16": replace(DEEP, bf16=True, lean=True),
+    "zero3-all-compact": ALL_COMPACT,
+    "zero3-all-compact-bf16": replace(ALL_COMPACT, bf16=True),
+    "zero3-lean-bf16": replace(ALL_COMPACT, bf16=True, lean=True),
 }
 
 
