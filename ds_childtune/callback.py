@@ -139,12 +139,14 @@ class ChildTuningCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs.get("logs")
-        if not self._logged or logs is None:
+        if logs is None:
             return
-        logs.update(self._logged)
+        more, self._logged = self._logged, {}
+        if "grad_norm" in logs and self.child is not None and self.child.norm_is_child:
+            more = more | {"child_grad_norm": logs["grad_norm"]}
+        logs.update(more)
         if state.log_history:
-            state.log_history[-1].update(self._logged)
-        self._logged = {}
+            state.log_history[-1].update(more)
 
     # ---------------------------------------------------------------- the child
 
@@ -190,6 +192,7 @@ def _numbers(report: Report) -> dict[str, float]:
     """What a Trainer logs of a child."""
     return {
         "child_density": report.density,
+        "child_trained_share": report.trained_share,
         "child_fisher_seconds": round(report.fisher_seconds, 3),
         "child_selection_seconds": round(report.selection_seconds, 3),
     }

@@ -134,6 +134,12 @@ class ChildTuner:
         """Whether there is a child: always with ChildTuning-F, else after `select`, or the load of a checkpoint that has one."""
         return self._hooks.child is not None
 
+    @property
+    def norm_is_child(self) -> bool:
+        """Whether `engine.get_global_grad_norm()` is that of the child's gradient, rather than of the whole one."""
+        child = self._hooks.child
+        return child is not None and (child.norm_is_child or self.config.clip == "child")
+
     # ---------------------------------------------------------------- ChildTuning-D
 
     def estimate_fisher(self, batches: Iterable[Any], loss_fn: LossFunction | None = None) -> Fisher:

@@ -85,6 +85,8 @@ def test_a_stock_trainer_with_one_line(pool: RankPool, tmp_path: Path, stage: in
             first = next(line for line in run.logs if "loss" in line)
             assert first["child_density"] == run.report.density, name
             assert first["child_fisher_seconds"] > 0, name
+            assert first["child_trained_share"] == run.report.trained_share, name
+            assert ("child_grad_norm" in first) == ("clip" in OPTIONS[name][0]), name
             assert sum("child_density" in line for line in run.logs) == 1, name
 
 
