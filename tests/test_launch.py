@@ -26,7 +26,7 @@ import torch.distributed as dist
 import transformers
 
 import ds_childtune
-from tests.support import finetune_jobs, trainer_job
+from tests.support import finetune_jobs
 from tests.support.engines import train_step
 from tests.support.finetune_jobs import ROOT, command_line, make_inputs, options
 from tests.support.models import batches, build, deal
@@ -258,18 +258,6 @@ def test_a_wrong_file_is_one_readable_error(pool: RankPool, folder: Path) -> Non
     """On every rank, so that no rank waits for another."""
     for end in pool[2].run(finetune_jobs.run, folder, options(folder, eval_file=folder / "missing.jsonl")):
         assert "missing.jsonl, which is not there" in end.error
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_hugging_face_trainer(pool: RankPool, folder: Path, stage: int) -> None:
-    """accelerate steps inside its backward, before any of Trainer's hooks: the masks must act all the same."""
-    for answer in pool[2].run(trainer_job.run, folder, stage):
-        assert answer["step"] == 3
-        assert answer["density"] == pytest.approx(0.3, abs=1e-3)
-        assert answer["outside moved"] == 0
-        assert answer["inside moved"] > 0.5
-        assert answer["resumed step"] == 3
-        assert answer["resumed differs in"] == []
 
 
 # ---------------------------------------------------------------- how it is started
