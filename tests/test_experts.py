@@ -63,7 +63,7 @@ class Unfused(nn.ModuleList):
         return out
 
 
-def build(family: str, *, fused: bool) -> Any:
+def build(family: str, *, fused: bool, kernel: str = "eager") -> Any:
     """Two layers of six experts, two for each token; rows 0 and 1, and 4 and 5, of each router are opposite, and row `MISSED` is
     zero: of the four, two have positive logits for whatever token, so that none is ever sent to `MISSED`."""
     shared: dict[str, Any] = {
@@ -72,9 +72,9 @@ def build(family: str, *, fused: bool) -> Any:
         "num_hidden_layers": LAYERS,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
-        "intermediate_size": 10,
+        "intermediate_size": 8,
         "num_experts_per_tok": 2,
-        "experts_implementation": "eager",
+        "experts_implementation": kernel,
     }
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -83,14 +83,14 @@ def build(family: str, *, fused: bool) -> Any:
             model: Any = transformers.MixtralForCausalLM(config)
         else:
             config = transformers.Qwen2MoeConfig(
-                **shared, num_experts=EXPERTS, moe_intermediate_size=10, shared_expert_intermediate_size=10
+                **shared, num_experts=EXPERTS, moe_intermediate_size=8, shared_expert_intermediate_size=10
             )
             model = transformers.Qwen2MoeForCausalLM(config)
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     for layer in model.model.layers:
         gate = layer.mlp.gate.weight.data
-        gate *= 10
+        gate *= 3
         gate[1], gate[5], gate[MISSED] = -gate[0], -gate[4], 0
         if not fused:
             layer.mlp.experts = Unfused(layer.mlp.experts)
@@ -135,9 +135,9 @@ class Outcome:
     """Parameters that some training moved."""
 
 
-def select(family: str, fused: bool, setup: Setup, same: bool) -> Outcome:
+def select(family: str, fused: bool, setup: Setup, same: bool, kernel: str) -> Outcome:
     items = batches_of(0 if same else dist.get_rank())
-    with engine_of(build(family, fused=fused), setup) as engine:
+    with engine_of(build(family, fused=fused, kernel=kernel), setup) as engine:
         child = ds_childtune.attach(engine, D)
         fisher = child.estimate_fisher(items)
         found = {n: child.gather_fisher(fisher, n) for n in sorted(child.attachment.eligible)}
@@ -158,26 +158,28 @@ def whole(engine: Any) -> Weights:
 
 
 SET_UPS = [
-    *((family, True, Setup(stage=stage), False) for family in FAMILIES for stage in (0, 2)),
-    *((family, True, ZERO3, False) for family in FAMILIES),
-    *((family, False, Setup(stage=0), False) for family in FAMILIES),
+    *((family, True, Setup(stage=stage), False, "eager") for family in FAMILIES for stage in (0, 2)),
+    *((family, True, ZERO3, False, kernel) for family in FAMILIES for kernel in ("eager", "grouped_mm", "batched_mm")),
+    *((family, False, Setup(stage=0), False, "eager") for family in FAMILIES),
     # At ZeRO-2 plain DeepSpeed trains unfused experts only where ranks reach the same ones.
-    *((family, False, Setup(stage=2), True) for family in FAMILIES),
-    *((family, False, ZERO3, False) for family in FAMILIES),
+    *((family, False, Setup(stage=2), True, "eager") for family in FAMILIES),
+    *((family, False, ZERO3, False, "eager") for family in FAMILIES),
 ]
 
 
 @pytest.mark.parametrize(
-    ("family", "fused", "setup", "same"),
+    ("family", "fused", "setup", "same", "kernel"),
     SET_UPS,
-    ids=[f"{family}-{'fused' if fused else 'unfused'}-zero{s.stage}" for family, fused, s, _ in SET_UPS],
+    ids=[
+        f"{family}-{'fused' if fused else 'unfused'}-zero{s.stage}-{kernel}" for family, fused, s, _, kernel in SET_UPS
+    ],
 )
 def test_an_expert_that_no_token_reached_scores_zero(
-    pool: RankPool, family: str, fused: bool, setup: Setup, same: bool
+    pool: RankPool, family: str, fused: bool, setup: Setup, same: bool, kernel: str
 ) -> None:
     model = build(family, fused=fused)
     expected = oracle(model, 2, same=same)
-    outcomes = pool[2].run(select, family, fused, setup, same)
+    outcomes = pool[2].run(select, family, fused, setup, same, kernel)
     unreached = paths(fused=fused)
     for outcome in outcomes:
         fisher, report = outcome.fisher, outcome.report

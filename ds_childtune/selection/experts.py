@@ -6,9 +6,11 @@ zero as far as it is known. A parameter that no input can reach is a fault, of t
 alike, so an expert is known by its siblings. It is one of these:
 
 - a member of a list inside a repeated block: an `nn.ModuleList` of modules of one class, or such an `nn.ModuleDict` whose keys differ
-  only in a number. Nothing of the member had a gradient, and the same parameters of another member had one;
-- a slice of a fused parameter [num_experts, ...] of a module that has `num_experts`. A fused parameter always has a gradient, so a
-  slice was not reached where the scores of all the module's parameters are zero in it, and those of another slice are not.
+  only in a number. The same parameters of some member had a gradient;
+- a slice of a fused parameter [num_experts, ...] of a module that has `num_experts`. A fused parameter always has a gradient.
+
+It was not reached where all its scores are zero and those of a sibling are not. So a token without a loss, such as the last one of a
+text, does not count.
 
 A layer that is skipped is no expert: the list of a model's blocks is not inside a repeated block. A parameter that no expert uses
 has no sibling with a gradient. Both are errors that name them.
@@ -82,13 +84,15 @@ def find_experts(
         scores: of this rank's fragments.
     """
     lists = unfused_experts(model, reached.keys())
-    unreached = [path for members in lists for path in _unreached_members(members, reached)]
     fused = fused_experts(model, shapes, reached.keys())
-    hits = _slices_with_a_score(fused, shapes, scores)
-    for path, hit in hits.items():
-        if any(hit):
-            unreached += [f"{path}[{i}]" for i, scored in enumerate(hit) if not scored]
-    total = len({member for members in lists for member in members}) + sum(map(len, hits.values()))
+    slices = {name: 1 for members in lists for names in members.values() for name in names}
+    slices |= {name: shapes[name][0] for names in fused.values() for name in names}
+    scored = _slices_with_a_score(slices, shapes, scores)
+    unreached = [path for members in lists for path in _unreached_members(members, reached, scored)]
+    for path, names in fused.items():
+        hits = [any(each) for each in zip(*(scored[name] for name in names), strict=True)]
+        unreached += [f"{path}[{i}]" for i, hit in enumerate(hits) if any(hits) and not hit]
+    total = sum(map(len, lists)) + sum(shapes[names[0]][0] for names in fused.values())
     inside = tuple(f"{path}." for path in unreached)
     never = [name for name, had in reached.items() if not had and not name.startswith(inside)]
     return Experts(total, tuple(unreached)), never
@@ -103,32 +107,33 @@ def _members(module: nn.Module) -> dict[str, nn.Module]:
     return members if numbered and len({type(m) for m in members.values()}) == 1 else {}
 
 
-def _unreached_members(members: Names, reached: Mapping[str, bool]) -> list[str]:
+def _unreached_members(members: Names, reached: Mapping[str, bool], scored: Mapping[str, Sequence[bool]]) -> list[str]:
     """See [Note: experts that no token reached]."""
     had = {name[len(path) :] for path, names in members.items() for name in names if reached[name]}
+    hit = {path: any(scored[name][0] for name in names) for path, names in members.items()}
     return [
         path
         for path, names in members.items()
-        if not any(reached[n] for n in names) and all(n[len(path) :] in had for n in names)
+        if not hit[path] and any(hit.values()) and all(n[len(path) :] in had for n in names)
     ]
 
 
 def _slices_with_a_score(
-    fused: Names, shapes: Mapping[str, torch.Size], scores: Iterable[Sequence[Scores]]
+    slices: Mapping[str, int], shapes: Mapping[str, torch.Size], scores: Iterable[Sequence[Scores]]
 ) -> dict[str, list[bool]]:
-    """For each module of fused experts, whether each expert has a score above zero on any rank. A collective."""
-    hits = {path: torch.zeros(shapes[names[0]][0], dtype=torch.int64, device=device()) for path, names in fused.items()}
-    module_of = {name: path for path, names in fused.items() for name in names}
-    for one in (s for of_shard in scores for s in of_shard if s.name in module_of):
-        hit, size = hits[module_of[one.name]], shapes[one.name].numel() // shapes[one.name][0]
-        end = one.param_start + one.values.numel()
-        for expert in range(one.param_start // size, -(-end // size)):
-            first, last = max(one.param_start, expert * size), min(end, (expert + 1) * size)
-            part = one.values[first - one.param_start : last - one.param_start]
-            hit[expert] |= (part != 0).any().to(hit.device).long()
-    if not hits:
+    """For each parameter, whether each of so many slices of it has a score above zero on any rank. A collective."""
+    if not slices:
         return {}
-    together = torch.cat(list(hits.values()))
+    together = torch.zeros(sum(slices.values()), dtype=torch.int64, device=device())
+    hits = dict(zip(slices, together.split(list(slices.values())), strict=True))
+    for one in (s for of_shard in scores for s in of_shard if s.name in slices and s.values.numel()):
+        size = shapes[one.name].numel() // slices[one.name]
+        end = one.param_start + one.values.numel()
+        for i in range(one.param_start // size, -(-end // size)):
+            first, last = max(one.param_start, i * size), min(end, (i + 1) * size)
+            part = one.values[first - one.param_start : last - one.param_start]
+            hits[one.name][i] |= (part != 0).any().to(together.device).long()
     max_over_ranks(together)
-    parts = together.split([len(hit) for hit in hits.values()])
-    return {path: [bool(h) for h in part.tolist()] for path, part in zip(hits, parts, strict=True)}
+    parts = together.bool().tolist()
+    ends = torch.tensor(list(slices.values())).cumsum(0).tolist()
+    return {name: parts[end - count : end] for (name, count), end in zip(slices.items(), ends, strict=True)}
