@@ -1,6 +1,7 @@
 """The command line: before a run, and with the children that `ChildTuner.export` wrote.
 
 ds_childtune check ds_config.json --model bert-base-uncased
+ds_childtune plan bert-base-uncased --stage 3 --world-size 8 --reserve-p 0.1
 ds_childtune inspect tuned/child
 ds_childtune merge bert-base-uncased tuned/child --output tuned/model
 ds_childtune compose bert-base-uncased tuned/a tuned/b --output tuned/both
@@ -26,9 +27,11 @@ from ds_childtune.commands.children import (
     inspect_command,
     merge_command,
 )
+from ds_childtune.commands.planning import plan_command
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.command("check")(check_command)
+app.command("plan")(plan_command)
 app.command("inspect")(inspect_command)
 app.command("merge")(merge_command)
 app.command("compose")(compose_command)

@@ -8,21 +8,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
+import torch
+import transformers
 from click.testing import Result
 from typer.testing import CliRunner
 
 import ds_childtune
 from ds_childtune.__main__ import app
+from ds_childtune.config import parse_config
 from ds_childtune.planning.model import ModelOutline
+from ds_childtune.planning.plan import Planned
 from ds_childtune.zero.compact_parts import CompactParts, compact_parts
 from ds_childtune.zero.config_reading import ConfigReading
 from ds_childtune.zero.settings import Settings
 from ds_childtune.zero.supported import REFUSALS, refused_in
+from tests.benchmarks.plan import BLOCKS, config_of, error, llama, measure, predict
+from tests.benchmarks.plan import build as llama_model
 from tests.support.engines import Setup, engine_of
 from tests.support.models import build
 from tests.support.ranks import RankPool
 
+SMALL = llama(hidden=64, layers=2, inner=176, vocabulary=4000)
 D = {"mode": "ChildTuning-D", "reserve_p": 0.1}
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 1,
@@ -57,6 +65,14 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model: Any = build("bert")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    SMALL.architectures = ["LlamaForCausalLM"]
+    SMALL.save_pretrained(folder)
     return folder
 
 
@@ -225,3 +241,135 @@ def test_a_config_is_read_as_its_engine_is(pool: RankPool) -> None:
         expected = Settings.of_config(ConfigReading(SETUPS[name].config()))
         assert expected == settings, name
         assert compact_parts(expected, None)[1] == text, name
+
+
+# ---------------------------------------------------------------- plan
+
+
+@pytest.mark.parametrize(("stage", "kind"), [(2, "dense"), (3, "compact")])
+def test_plan_predicts_what_engines_hold(pool: RankPool, stage: int, kind: str) -> None:
+    """The larger set of set-ups, in which peaks are compared too, is tests/benchmarks/plan.py."""
+    config = config_of(stage)
+    config["zero_optimization"]["reduce_bucket_size"] = 50_000
+    predicted = predict(SMALL, config, BLOCKS[kind])
+    everyone = pool[2].run(measure, SMALL, config, BLOCKS[kind])
+    assert {"start", "Fisher", "selection", "steps"} == predicted.keys() == everyone[0].keys()
+    for name, phase in predicted.items():
+        live = max(found[name][1] for found in everyone)
+        assert abs(error(phase.live, live)) < 0.05, name
+    plain = predict(SMALL, config, None)["steps"].live
+    assert abs(error(plain, max(found["steps"][1] for found in everyone))) > 0.05, "vacuous: any plan would do"
+
+
+def everything_eligible(kind: str) -> dict[str, Any]:
+    return {**(BLOCKS[kind] or {}), "include": ["*"]}
+
+
+def written_bytes(stage: int, kind: str, folder: str) -> tuple[int, int]:
+    """Of a checkpoint and of an export, after a step."""
+    config = config_of(stage)
+    model = llama_model(SMALL, config)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    ids = torch.arange(16).view(1, -1)
+    batch = {"input_ids": ids, "labels": ids}
+    child = ds_childtune.attach(engine, everything_eligible(kind))
+    child.select([batch])
+    engine.backward(engine(**batch).loss)
+    engine.step()
+    engine.save_checkpoint(f"{folder}/saved")
+    child.export(f"{folder}/child")
+    child.detach()
+    engine.destroy()
+    checkpoint, export = (
+        sum(path.stat().st_size for path in Path(folder, name).rglob("*") if path.is_file())
+        for name in ("saved", "child")
+    )
+    return checkpoint, export
+
+
+@pytest.mark.parametrize(("stage", "kind"), [(2, "dense"), (2, "compact"), (3, "compact")])
+def test_plan_predicts_what_is_written(pool: RankPool, tmp_path: Path, stage: int, kind: str) -> None:
+    config = config_of(stage)
+    checkpoint, export = pool[2].run(written_bytes, stage, kind, str(tmp_path))[0]
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(SMALL)
+    child = parse_config(everything_eligible(kind))
+    plan = Planned(ModelOutline.of(model, child), config, child, 2).plan()
+    assert abs(error(plan.child.checkpoint, checkpoint)) < 0.05
+    # Of an uneven child a sparse piece has an index, which is smaller than the bits that the plan counts.
+    assert -0.05 < error(plan.child.export, export) < 0.4
+    assert abs(error(plan.plain.checkpoint, checkpoint)) > 0.05 or kind == "dense", "vacuous"
+
+
+def test_plan_by_hand(llama_folder: Path) -> None:
+    """ZeRO-3 in bf16 with AdamW, 4 ranks: the bytes of each kind, counted by hand."""
+    found = answer("plan", llama_folder, "--world-size", 4, "--reserve-p", 0.1, "--include", "*")
+    with torch.device("meta"):
+        sizes = [p.numel() for p in transformers.LlamaForCausalLM(SMALL).parameters()]
+    shard = sum(-(-n // 4) for n in sizes)
+    small = sum(n for n in sizes if n <= 100_000)
+    assert 0 < small < sum(sizes), "vacuous"
+    plain, child = (found[side]["phases"]["steps"]["kept"] for side in ("plain", "child"))
+    assert (plain["weights"], plain["masters"]) == (2 * (shard + small), 4 * shard)
+    assert (plain["moments"], plain["gradients"], plain["child"]) == (8 * shard, 2 * shard, 0)
+    density = round(0.1 * sum(sizes)) / sum(sizes)
+    inside = round(sum(density * -(-n // 4) for n in sizes))
+    assert (child["masters"], child["moments"], child["gradients"]) == (4 * inside, 8 * inside, 2 * inside)
+    assert child["child"] == 8 * inside, "an index, and places: every partition has few"
+    assert child["buckets"] == plain["buckets"] == 2 * 500_000_000
+    assert found["child"]["sent_per_step"] == found["plain"]["sent_per_step"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 64, 4096])
+@pytest.mark.parametrize("stage", range(4))
+def test_plan_of_any_world_size(llama_folder: Path, stage: int, world_size: int) -> None:
+    found = answer("plan", llama_folder, "--stage", stage, "--world-size", world_size, "--include", "*")
+    for side in ("plain", "child"):
+        for phase in found[side]["phases"].values():
+            assert phase["peak"] >= phase["live"] > 0
+            assert all(kept >= 0 for kept in phase["kept"].values())
+        assert (sum(found[side]["sent_per_step"].values()) == 0) == (world_size == 1)
+    assert found["child"]["checkpoint"] < found["plain"]["checkpoint"]
+
+
+def test_what_plan_says_fits_does_fit(llama_folder: Path) -> None:
+    """And the next larger p, fewer ranks, and lower stages do not."""
+    small = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}, "bf16": {"enabled": True}}
+    config = ("--config", written(llama_folder, small))
+
+    def peak(*words: object) -> int:
+        return int(answer("plan", llama_folder, *config, *words)["child"]["peak"])
+
+    budget = peak("--world-size", 8, "--reserve-p", 0.5)
+    fit = answer("plan", llama_folder, *config, "--world-size", 8, "--reserve-p", 0.1, "--fit", f"{budget}B")["fit"]
+    p, ranks, stage = fit["largest_p"], fit["smallest_world_size"], fit["best_stage"]
+    assert fit["fits"]
+    assert peak("--world-size", 8, "--reserve-p", p) <= budget < peak("--world-size", 8, "--reserve-p", p + 0.002)
+    assert peak("--world-size", ranks, "--reserve-p", 0.1) <= budget
+    assert ranks == 1 or peak("--world-size", ranks // 2, "--reserve-p", 0.1) > budget
+    lower = [peak("--stage", s, "--reserve-p", 0.1) for s in range(stage)]
+    assert all(needed > budget for needed in lower)
+    result = invoke("plan", llama_folder, *config, "--world-size", 8, "--fit", "1KiB")
+    assert result.exit_code == 1
+    assert "does not fit" in result.stdout
+
+
+def test_plan_refuses_what_it_does_not_know(llama_folder: Path) -> None:
+    zero = {"stage": 3, "offload_param": {"device": "cpu"}}
+    offload = written(llama_folder, CONFIG | {"zero_optimization": zero}, "offload")
+    for words in (("--optimizer", "Shampoo"), ("--fit", "much"), ("--config", offload), ("--reserve-p", 2)):
+        error = invoke("plan", llama_folder, *words).exception
+        assert isinstance(error, ValueError), words
+        assert "Remedy: " in str(error)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_plan_takes_options_before_the_config(llama_folder: Path, dtype: str) -> None:
+    config = written(llama_folder, CONFIG | {"child_tuning": D | {"optimizer_state": "compact"}}, "with_a_child")
+    found = answer("plan", llama_folder, "--config", config, "--dtype", dtype, "--stage", 2, "--optimizer", "Lion")
+    kept = found["plain"]["phases"]["steps"]["kept"]
+    elements = found["model"]["elements"]
+    assert found["plain"]["stage"] == 2
+    assert kept["weights"] == {"bf16": 2, "fp32": 4}[dtype] * elements
+    assert kept["moments"] == 4 * -(-elements // 8)
+    assert found["child"]["compact"] == "moments and masters"

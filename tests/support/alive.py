@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,14 @@ class Alive(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in given:
                     self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._storages = {key: found for key, found in self._storages.items() if not found[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._storages.values()))
+        self.peak = max(self.peak, self._bytes())
         return result
+
+    def now(self) -> int:
+        """Bytes that are alive in this moment."""
+        gc.collect()
+        return self._bytes()
+
+    def _bytes(self) -> int:
+        self._storages = {key: found for key, found in self._storages.items() if not found[0].expired()}
+        return sum(size for _, size in self._storages.values())

@@ -1,0 +1,99 @@
+"""How many elements of each sort the rank has that has most of them.
+
+[Note: who has most]
+ZeRO-1 and 2 cut the concatenated parameters into slices, so that one rank may have an embedding that trains in full, and another one
+only blocks. ZeRO-3 splits every parameter over all ranks, so that all have alike. The child is taken to be spread evenly over eligible
+elements; in truth Fisher information prefers some layers, and ranks at ZeRO-1 and 2 differ by that.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from ds_childtune.planning.model import ModelOutline
+from ds_childtune.planning.run import Run
+
+_FEW = 1 << 16
+"""As in `zero/compact_stage3.py`: a child of no more elements in a partition has its places there kept."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Elements. Those of a rank are of the one that has most."""
+
+    model: int
+    """Of all parameters."""
+    trainable: int
+    """Of those that the optimizer has."""
+    eligible: int
+    shard: int
+    """Trainable elements of a rank, padding included: what it has masters of in plain DeepSpeed."""
+    partition: int
+    """ZeRO-3: elements of a rank's partitions, frozen parameters included. Else `model`: weights are whole."""
+    child: int
+    """Of a rank's shard, inside the child; dense parameters count in full."""
+    scored: int
+    """Of a rank's shard, eligible."""
+    places: int
+    """ZeRO-3 with compact gradients: child elements in partitions where they are few."""
+    persistent: int
+    """ZeRO-3: elements of the small parameters that every rank has whole."""
+    largest: int
+    """Of the largest parameter."""
+    masked: int
+    """Eligible elements of a rank's shard, in parameters that are not whole inside the child."""
+
+
+def shares(outline: ModelOutline, run: Run) -> Shares:
+    """See [Note: who has most]."""
+    sizes = [w.numel for w in outline.weights]
+    held = [w for w in outline.weights if w.trains]
+    numels = [w.numel for w in held]
+    densities = [outline.density(w) for w in held]
+    eligible = [float(w.name in outline.eligible) for w in held]
+    ranks = run.world_size
+    trainable = sum(numels)
+    places = 0.0
+    if run.stage == 3:
+        parts = [-(-n // ranks) for n in numels]
+        shard = sum(parts)
+        child = sum(d * n for d, n in zip(densities, parts, strict=True))
+        scored = sum(e * n for e, n in zip(eligible, parts, strict=True))
+        inside = [d * n for d, n in zip(densities, parts, strict=True) if d < 1]
+        places = sum(n for n in inside if n <= _FEW)
+    else:
+        shard = trainable if run.stage == 0 else -(-trainable // ranks)
+        child = _most(numels, densities, shard)
+        scored = _most(numels, eligible, shard)
+    small = [n for n in sizes if n <= run.persistence]
+    return Shares(
+        model=sum(sizes),
+        trainable=trainable,
+        eligible=outline.eligible_numel,
+        shard=shard,
+        partition=sum(-(-n // ranks) for n in sizes) if run.stage == 3 else sum(sizes),
+        child=round(child),
+        scored=round(scored),
+        places=round(places),
+        persistent=sum(small) if run.stage == 3 else 0,
+        largest=max(sizes, default=0),
+        masked=round(scored),
+    )
+
+
+def _most(numels: Sequence[int], weights: Sequence[float], width: int) -> float:
+    """The largest sum of weights over a slice of `width` elements, of those that tile the concatenated parameters."""
+    ends = list(accumulate(numels))
+    sums = [0.0, *accumulate(n * w for n, w in zip(numels, weights, strict=True))]
+
+    def up_to(element: int) -> float:
+        i = bisect_right(ends, element)
+        before = ends[i - 1] if i else 0
+        return sums[i] + (weights[i] * (element - before) if i < len(ends) else 0.0)
+
+    total = ends[-1] if ends else 0
+    starts = range(0, total, max(1, width))
+    return max((up_to(min(start + width, total)) - up_to(start) for start in starts), default=0.0)
