@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,9 @@ from typer.testing import CliRunner
 
 import ds_childtune
 from ds_childtune.__main__ import app
+from ds_childtune.checkpoint.given import locate_child
+from ds_childtune.child_files.reader import open_child
+from ds_childtune.commands.plots import Cell, HeatMap, density_cells
 from ds_childtune.config import parse_config
 from ds_childtune.planning.model import ModelOutline
 from ds_childtune.planning.plan import Planned
@@ -26,6 +30,7 @@ from ds_childtune.zero.settings import Settings
 from ds_childtune.zero.supported import REFUSALS, refused_in
 from tests.benchmarks.plan import BLOCKS, config_of, error, llama, measure, predict
 from tests.benchmarks.plan import build as llama_model
+from tests.support.documentation import prepare
 from tests.support.engines import Setup, engine_of
 from tests.support.models import build
 from tests.support.ranks import RankPool
@@ -373,3 +378,58 @@ def test_plan_takes_options_before_the_config(llama_folder: Path, dtype: str) ->
     assert kept["weights"] == {"bf16": 2, "fp32": 4}[dtype] * elements
     assert kept["moments"] == 4 * -(-elements // 8)
     assert found["child"]["compact"] == "moments and masters"
+
+
+# ---------------------------------------------------------------- pictures
+
+
+@pytest.fixture(scope="module")
+def prepared(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, two children and a checkpoint."""
+    folder = tmp_path_factory.mktemp("prepared")
+    pool[1].run(prepare, str(folder))
+    return folder
+
+
+def test_a_heat_map_is_of_layers_and_modules() -> None:
+    cells = [
+        Cell("model.layers.0.mlp.up.weight", 1, 10),
+        Cell("model.layers.0.mlp.up.bias", 4, 10),
+        Cell("model.layers.1.mlp.up.weight", 5, 10),
+        Cell("model.layers.1.norm.weight", 2, 2),
+        Cell("model.embed.weight", 3, 3),
+    ]
+    heat = HeatMap.of(cells)
+    assert (heat.rows, heat.columns, heat.outside) == (("mlp.up", "norm"), (0, 1), {"model.embed": 1.0})
+    assert heat.shares[0] == (0.25, 0.5)
+    assert math.isnan(heat.shares[1][0])
+    assert heat.shares[1][1] == 1.0
+    two = HeatMap.of([Cell("encoder.block.0.a.weight", 1, 2), Cell("decoder.block.0.a.weight", 1, 2)])
+    assert two.rows == ("encoder.block a", "decoder.block a")
+
+
+@pytest.mark.parametrize("what", ["tasks/rte", "saved"])
+def test_inspect_plots(prepared: Path, tmp_path: Path, what: str) -> None:
+    """An export, and a checkpoint; the picture is of the shares that --json has."""
+    result = invoke("inspect", prepared / what, "--plot", tmp_path / "child.png")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "child.png").read_bytes().startswith(b"\x89PNG")
+    found = {p["name"]: p for p in answer("inspect", prepared / what)["parameters"]}
+    heat = HeatMap.of(density_cells(open_child(locate_child(prepared / what, "test"))))
+    assert len(heat.columns) == 2
+    names = [name for name in found if ".layer.1." in name and "query" in name]
+    kept, numel = (
+        sum(values) for values in zip(*((found[n]["stored"], math.prod(found[n]["shape"])) for n in names), strict=True)
+    )
+    [row] = [shares for kind, shares in zip(heat.rows, heat.shares, strict=True) if "query" in kind]
+    assert row[1] == kept / numel
+
+
+def test_compare_plots(prepared: Path, tmp_path: Path) -> None:
+    children = prepared / "tasks/rte", prepared / "tasks/mrpc"
+    assert invoke("compare", *children, "--plot", tmp_path / "both.svg").exit_code == 0
+    assert "<svg" in (tmp_path / "both.svg").read_text()[:1000]
+    assert answer("compare", *children)["total"]["both"] > 0
+    error = invoke("compare", *children, "--plot", tmp_path / "none" / "both.png").exception
+    assert isinstance(error, ValueError)
+    assert "Remedy" in str(error)

@@ -18,21 +18,29 @@ from ds_childtune.shards import FlatShard, mark_eligible
 
 
 def find_child(path: Path) -> Path:
-    """The folder of a child's files: `path`, or the one inside a checkpoint's tag, or inside the latest tag. A collective."""
+    """`locate_child`, for all ranks. A collective."""
+    return from_first(lambda: locate_child(path, "select: child"))
 
-    def found() -> Path:
-        candidates = [path, path / tag_folder.CHILD]
-        if path.is_dir() and (latest := tag_folder.read_latest(path)) is not None:
-            candidates.append(path / latest / tag_folder.CHILD)
-        for folder in candidates:
-            if (folder / MANIFEST).is_file():
-                return folder
-        raise ChildFileError(
-            f"select: child: expected the folder of an export, or of a checkpoint with a child, got {path}, which has no {MANIFEST}."
-            " Remedy: pass what child.export was given, or what engine.save_checkpoint was given."
-        )
 
-    return from_first(found)
+def locate_child(path: Path, what: str) -> Path:
+    """The folder of a child's files: `path`, or the one inside a checkpoint's tag, or inside the latest tag.
+
+    Args:
+        what: who asks, for the error.
+
+    Raises:
+        ChildFileError: when there is none.
+    """
+    candidates = [path, path / tag_folder.CHILD]
+    if path.is_dir() and (latest := tag_folder.read_latest(path)) is not None:
+        candidates.append(path / latest / tag_folder.CHILD)
+    for folder in candidates:
+        if (folder / MANIFEST).is_file():
+            return folder
+    raise ChildFileError(
+        f"{what}: expected the folder of an export, or of a checkpoint with a child, got {path}, which has no {MANIFEST}."
+        " Remedy: pass what child.export was given, or what engine.save_checkpoint was given."
+    )
 
 
 def saved_masks(

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
+from ds_childtune.checkpoint.given import locate_child
 from ds_childtune.child_files.apply import Conflicts
 from ds_childtune.child_files.compare import Overlap, by_layer, compare, total
 from ds_childtune.child_files.convert import to_sglang, to_vllm
@@ -16,6 +17,7 @@ from ds_childtune.child_files.export_info import KIND, ExportInfo
 from ds_childtune.child_files.merge import compose, merge
 from ds_childtune.child_files.reader import SavedChild, open_child
 from ds_childtune.commands.output import AsJson, facts_table, show, show_json
+from ds_childtune.commands.plots import HeatMap, density_cells, draw, overlap_cells
 
 Folder = Annotated[Path, typer.Argument(help="A child's folder.", show_default=False)]
 Folders = Annotated[
@@ -28,12 +30,24 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.",
 OnConflict = Annotated[
     Conflicts, typer.Option(help="Where children disagree about an element: refuse, or let the last one win.")
 ]
+Plot = Annotated[
+    Path | None, typer.Option(help="Write a heat map over layers and kinds of module: a .png, .pdf or .svg file.")
+]
 Lines = Annotated[bool, typer.Option(help="A line for each parameter.")]
 
 
-def inspect_command(child: Folder, parameters: Lines = False, as_json: AsJson = False) -> None:
+def inspect_command(
+    child: Annotated[Path, typer.Argument(help="Folder of an export, or of a checkpoint.", show_default=False)],
+    parameters: Lines = False,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
     """Check a child's files, and print what is in them."""
-    opened = open_child(child)
+    opened = open_child(locate_child(child, "inspect"))
+    if plot is not None:
+        p = opened.manifest.config.get("reserve_p")
+        title = "Where the child is" if p is None else f"Where the child is (reserve_p {p:g})"
+        draw(HeatMap.of(density_cells(opened)), plot, title, "share of the elements that train")
     if as_json:
         show_json(child_json(opened))
         return
@@ -108,9 +122,15 @@ def _written(output: Path, children: list[Path], what: str, as_json: bool) -> No
         show(f"{output}: {what}")
 
 
-def compare_command(first: Folder, second: Folder, parameters: Lines = False, as_json: AsJson = False) -> None:
+def compare_command(
+    first: Folder, second: Folder, parameters: Lines = False, plot: Plot = None, as_json: AsJson = False
+) -> None:
     """Print what two children have in common, layer by layer."""
-    overlaps = compare(open_child(first), open_child(second))
+    one, other = (open_child(locate_child(path, "compare")) for path in (first, second))
+    overlaps = compare(one, other)
+    if plot is not None:
+        title = f"What {first} and {second} have in common"
+        draw(HeatMap.of(overlap_cells(overlaps)), plot, title, "in both, of the elements in either")
     rows = overlaps if parameters else by_layer(overlaps)
     everything = total("total", overlaps)
     if as_json:
