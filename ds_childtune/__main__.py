@@ -3,6 +3,7 @@
 ds_childtune check ds_config.json --model bert-base-uncased
 ds_childtune plan bert-base-uncased --stage 3 --world-size 8 --reserve-p 0.1
 ds_childtune inspect tuned/child
+ds_childtune export checkpoints tuned/child --base bert-base-uncased
 ds_childtune merge bert-base-uncased tuned/child --output tuned/model
 ds_childtune compose bert-base-uncased tuned/a tuned/b --output tuned/both
 ds_childtune compare tuned/a tuned/b
@@ -24,6 +25,7 @@ from ds_childtune.commands.children import (
     compare_command,
     compose_command,
     convert_command,
+    export_command,
     inspect_command,
     merge_command,
 )
@@ -36,6 +38,7 @@ app.command("inspect")(inspect_command)
 app.command("merge")(merge_command)
 app.command("compose")(compose_command)
 app.command("compare")(compare_command)
+app.command("export")(export_command)
 app.command("convert")(convert_command)
 
 

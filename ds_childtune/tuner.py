@@ -18,7 +18,7 @@ from ds_childtune.checkpoint.run_record import Progress
 from ds_childtune.child.network import ChildNetwork
 from ds_childtune.child.optimizer_check import put_back, tried
 from ds_childtune.child_files.export import export_child
-from ds_childtune.child_files.export_info import KIND
+from ds_childtune.child_files.export_info import KIND, refuse_moved_outside
 from ds_childtune.child_files.patches import CheckpointWeightPatch, Only, live_patches
 from ds_childtune.child_files.reader import open_child
 from ds_childtune.config import ChildTuningConfig, FisherConfig, parse_config
@@ -377,16 +377,7 @@ class ChildTuner:
     def _exportable(self, what: str) -> ChildNetwork:
         """The child, outside of which nothing has moved. Raises NotImplementedError, see `export`."""
         child = self._hooks.chosen_child()
-        reason = ""
-        if not child.fixed or self.config.compat is not None:
-            reason = f'{self.config.mode} with compat "{self.config.compat}", which moves every element'
-        elif self._hooks.progress.earlier_children:
-            reason = "a child that was chosen after another one had been trained, whose elements have moved too"
-        if reason:
-            raise NotImplementedError(
-                f"{what}: expected a fixed child, outside of which nothing has moved since attach, got {reason}."
-                " Remedy: save the whole model with engine.save_16bit_model."
-            )
+        refuse_moved_outside(what, self.config.mode, self.config.compat, self._hooks.progress.earlier_children)
         return child
 
     # ---------------------------------------------------------------- inspection

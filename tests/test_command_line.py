@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from click.testing import Result
 from typer.testing import CliRunner
@@ -19,6 +20,8 @@ from typer.testing import CliRunner
 import ds_childtune
 from ds_childtune.__main__ import app
 from ds_childtune.checkpoint.given import locate_child
+from ds_childtune.child_files.export_info import ExportInfo
+from ds_childtune.child_files.fingerprint import bits
 from ds_childtune.child_files.reader import open_child
 from ds_childtune.commands.plots import Cell, HeatMap, density_cells
 from ds_childtune.config import parse_config
@@ -31,8 +34,8 @@ from ds_childtune.zero.supported import REFUSALS, refused_in
 from tests.benchmarks.plan import BLOCKS, config_of, error, llama, measure, predict
 from tests.benchmarks.plan import build as llama_model
 from tests.support.documentation import prepare
-from tests.support.engines import Setup, engine_of
-from tests.support.models import build
+from tests.support.engines import Setup, engine_of, train_step
+from tests.support.models import batches, build, deal
 from tests.support.ranks import RankPool
 
 SMALL = llama(hidden=64, layers=2, inner=176, vocabulary=4000)
@@ -433,3 +436,53 @@ def test_compare_plots(prepared: Path, tmp_path: Path) -> None:
     error = invoke("compare", *children, "--plot", tmp_path / "none" / "both.png").exception
     assert isinstance(error, ValueError)
     assert "Remedy" in str(error)
+
+
+# ---------------------------------------------------------------- export
+
+
+def trained_and_saved(setup: Setup, block: dict[str, Any], folder: str) -> None:
+    """Train a child, and write it both ways; beside it the base model."""
+    if dist.get_rank() == 0:
+        build(setup.family).save_pretrained(f"{folder}/base")  # type: ignore[operator]
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, block)
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        child.select(deal(batches(setup.family, 4), rank, ranks))
+        for step in range(2):
+            train_step(engine, deal(batches(setup.family, ranks, seed=step), rank, ranks))
+        child.export(f"{folder}/child")
+        engine.save_checkpoint(f"{folder}/saved")
+
+
+@pytest.mark.parametrize("optimizer_state", ["dense", "compact"])
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_export_of_a_checkpoint(pool: RankPool, tmp_path: Path, stage: int, bf16: bool, optimizer_state: str) -> None:
+    """To the bit what `child.export` wrote in the run."""
+    block = D | {"optimizer_state": optimizer_state}
+    pool[2].run(trained_and_saved, Setup("bert", stage=stage, bf16=bf16, clip=0.0), block, str(tmp_path))
+    words = ("--base", tmp_path / "base", "--json")
+    result = invoke("export", tmp_path / "saved", tmp_path / "alone", *words)
+    assert result.exit_code == 0, result.output
+    one, other = (open_child(tmp_path / name, kind="export") for name in ("child", "alone"))
+    assert one.manifest.parameters == other.manifest.parameters
+    assert one.manifest.config == other.manifest.config
+    infos = [ExportInfo.of(child.manifest, child.folder) for child in (one, other)]
+    assert infos[0].fingerprints == infos[1].fingerprints
+    assert (infos[0].step, infos[0].model_class) == (infos[1].step, infos[1].model_class)
+    for name in one.stored:
+        mine, theirs = one.read(name), other.read(name)
+        assert torch.equal(mine.mask(), theirs.mask()), name
+        assert torch.equal(bits(mine.tensors["values"]), bits(theirs.tensors["values"])), name
+    assert any(one.kept(name) < one.parameters[name].numel for name in one.stored), "vacuous: nothing is masked"
+    merged = invoke("merge", tmp_path / "base", tmp_path / "alone", "-o", tmp_path / "merged")
+    assert merged.exit_code == 0, merged.output
+
+
+def test_export_says_what_it_needs(prepared: Path, tmp_path: Path, bert: Path, llama_folder: Path) -> None:
+    for checkpoint, base in (("tasks/rte", bert), ("bert-base", bert), ("saved", llama_folder)):
+        error = invoke("export", prepared / checkpoint, tmp_path / "alone", "--base", base).exception
+        assert isinstance(error, ValueError), checkpoint
+        assert "Remedy" in str(error)
+    assert not (tmp_path / "alone").exists()

@@ -75,3 +75,21 @@ def parameter_entries(model: nn.Module, stored: Iterable[str]) -> tuple[Paramete
             )
         entries.append(ParameterEntry(name, tuple(full_shape(tensor)), names[tensor.dtype], name in stored))
     return tuple(entries)
+
+
+def refuse_moved_outside(what: str, mode: object, compat: object, earlier_children: bool) -> None:
+    """Raise NotImplementedError where more than the child's elements have moved since the base model.
+
+    Args:
+        what: who asks, for the error.
+    """
+    reason = ""
+    if mode != "ChildTuning-D" or compat is not None:
+        reason = f'{mode} with compat "{compat}", which moves every element'
+    elif earlier_children:
+        reason = "a child that was chosen after another one had been trained, whose elements have moved too"
+    if reason:
+        raise NotImplementedError(
+            f"{what}: expected a fixed child, outside of which nothing has moved since attach, got {reason}."
+            " Remedy: save the whole model with engine.save_16bit_model."
+        )

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
+from ds_childtune.checkpoint.extract import export_checkpoint
 from ds_childtune.checkpoint.given import locate_child
 from ds_childtune.child_files.apply import Conflicts
 from ds_childtune.child_files.compare import Overlap, by_layer, compare, total
@@ -18,6 +19,7 @@ from ds_childtune.child_files.merge import compose, merge
 from ds_childtune.child_files.reader import SavedChild, open_child
 from ds_childtune.commands.output import AsJson, facts_table, show, show_json
 from ds_childtune.commands.plots import HeatMap, density_cells, draw, overlap_cells
+from ds_childtune.planning.model import build_without_weights
 
 Folder = Annotated[Path, typer.Argument(help="A child's folder.", show_default=False)]
 Folders = Annotated[
@@ -142,6 +144,22 @@ def compare_command(
     for row in (*rows, everything):
         table.add_row(row.name, *_cells(row))
     show(table)
+
+
+def export_command(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, or a tag's.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    base: Annotated[str, typer.Option(help="The base model: folder, hub name or config.json.", show_default=False)],
+    model_class: Annotated[str | None, typer.Option(help="Class of transformers that was trained.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the child of a checkpoint, as child.export does. Checkpoints are unpickled: use those that you trust."""
+    manifest = export_checkpoint(checkpoint, output, build_without_weights(base, model_class))
+    bytes_ = sum(file.bytes for file in manifest.files)
+    if as_json:
+        show_json({"output": str(output), "bytes": bytes_, "steps": manifest.extra["step"]})
+    else:
+        show(f"{output}: the child of {checkpoint}, {bytes_:,} bytes")
 
 
 def convert_command(

@@ -88,7 +88,7 @@ def load_weights(
             _load_buffers_and_frozen(engine, run, layout, parameters)
             for shard in shards:
                 for fragment in shard.fragments:
-                    values = _weights_of(run, layout, fragment, parameters.shapes[fragment.name])
+                    values = weights_of(run, layout, fragment, parameters.shapes[fragment.name])
                     if values is not None:
                         fragment.of(shard.flat()).copy_(values)
             if progress:
@@ -123,7 +123,7 @@ def _halfway(run: SavedRun) -> Iterator[None]:
     raise_together(error)
 
 
-def _weights_of(run: SavedRun, layout: Layout, fragment: Fragment, shape: torch.Size) -> Tensor | None:
+def weights_of(run: SavedRun, layout: Layout, fragment: Fragment, shape: torch.Size) -> Tensor | None:
     """1-D on the CPU: a fragment's weights, whether they were trained or frozen; None where the checkpoint has none."""
     if fragment.name not in layout:
         return run.frozen(fragment.name, shape, fragment.param_start, fragment.numel)
@@ -145,7 +145,7 @@ def _load_buffers_and_frozen(engine: Engine, run: SavedRun, layout: Layout, para
         param, shape = named[name], parameters.shapes[name]
         mine = local_part(param, shape.numel())
         start, end = mine
-        values = _weights_of(run, layout, Fragment(name, start, 0, end - start), shape)
+        values = weights_of(run, layout, Fragment(name, start, 0, end - start), shape)
         if values is None:
             continue
         target = param.ds_tensor if hasattr(param, "ds_tensor") else param
