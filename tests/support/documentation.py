@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import gc
+import json
 import os
 import re
 import shlex
@@ -138,7 +139,8 @@ PROVIDED: dict[str, Callable[[], Any]] = {
 
 
 def prepare(folder: str) -> None:
-    """A base model, two children of it and a checkpoint, as the pages call them. On one rank."""
+    """A base model, a DeepSpeed config, two children and a checkpoint, as the pages call them. On one rank."""
+    Path(folder, "ds_config.json").write_text(json.dumps(config()))
     build(SETUP.family).save_pretrained(f"{folder}/bert-base")  # type: ignore[operator]
     for seed, task in enumerate(("rte", "mrpc")):
         with engine_of(SETUP, child_tuning=BLOCK) as made:
