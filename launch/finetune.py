@@ -134,7 +134,9 @@ def load_model(args: Arguments, config: dict[str, Any], labels: Sequence[str], p
     if args.task == "causal-lm":
         model.config.use_cache = False  # with one, transformers' attention does not keep packed examples apart
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Its name in transformers 6, and the one before.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model if args.peft is None else adapted(model, args)  # type: ignore[no-any-return]
 
 
