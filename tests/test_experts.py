@@ -137,7 +137,7 @@ class Outcome:
 
 def select(family: str, fused: bool, setup: Setup, same: bool, kernel: str) -> Outcome:
     items = batches_of(0 if same else dist.get_rank())
-    with engine_of(build(family, fused=fused, kernel=kernel), setup) as engine:
+    with engine_of(build(family, fused=fused, kernel=kernel), setup, leaves=not fused) as engine:
         child = ds_childtune.attach(engine, D)
         fisher = child.estimate_fisher(items)
         found = {n: child.gather_fisher(fisher, n) for n in sorted(child.attachment.eligible)}

@@ -121,6 +121,18 @@ def rows() -> list[Batch]:
     return [{key: values[i] for key, values in batch.items()} for batch in micro_batches() for i in range(2)]
 
 
+def mixtral() -> Any:
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_experts_per_tok": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 31, "num_local_experts": 4}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**shape, **heads))
+
+
+def token_batches() -> list[Batch]:
+    device = deepspeed.accelerator.get_accelerator().current_device_name()
+    ids = torch.arange(12, device=device).view(2, 6)
+    return [{"input_ids": ids, "labels": ids}]
+
+
 PROVIDED: dict[str, Callable[[], Any]] = {
     "ds_childtune": lambda: ds_childtune,
     "deepspeed": lambda: deepspeed,
@@ -130,6 +142,8 @@ PROVIDED: dict[str, Callable[[], Any]] = {
     "calibration_batches": micro_batches,
     "general_batches": micro_batches,
     "loader": micro_batches,
+    "moe": mixtral,
+    "moe_batches": token_batches,
     "args": trainer_arguments,
     "train_dataset": rows,
     "engine": engine,
@@ -150,6 +164,8 @@ def prepare(folder: str) -> None:
             child.export(f"{folder}/tasks/{task}")
             if task == "rte":
                 made.save_checkpoint(f"{folder}/saved")
+                train_step(made, batches(SETUP.family, 1, seed=2))
+                child.export(f"{folder}/tasks/rte-2")
             child.detach()
 
 
