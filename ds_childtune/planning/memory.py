@@ -89,25 +89,28 @@ def peak(outline: ModelOutline, run: Run) -> int:
 def _start(own: Shares, run: Run) -> Phase:
     """After `deepspeed.initialize` and `attach`. The model is in the forward pass's dtype; at ZeRO-3 it was built under zero.Init."""
     kept = _kept(own, run)
+    before_attach = sum(kept.values())
     if run.lean:
         kept |= {"masters": 0, "gradients": 0}
     elif run.aliased:
         kept["masters"] = 0
-    built = run.weight * own.partition + (run.weight * own.largest if run.stage == 3 else 0)
     masters = 0 if run.offload or run.lean else run.master * own.shard
     after = sum(kept.values())
+    largest = run.weight * own.largest
     if run.stage == 3:
         copy = run.master * min(own.shard, run.sub_group) if masters else 0
+        whole = (after if run.lean else before_attach) + largest
+        building = run.weight * own.partition + max(largest, masters + copy)
         return Phase(
-            "start",
-            kept,
-            {"building masters": max(built, run.weight * own.partition + masters + copy) - after},
-            _host(own, run),
+            "start", kept, {"building masters": building - after, "reading weights": whole - after}, _host(own, run)
         )
     moments = {"flattening weights": 2 * run.weight * own.model - after}
     if run.stage:
         # DeepSpeed tries its optimizer's gradients once.
         moments["building masters"] = run.weight * own.model + 2 * masters - after
+    elif kept["masters"]:
+        # Here it takes a step of zeros.
+        moments["first step"] = run.master * own.trainable
     return Phase("start", kept, moments, _host(own, run))
 
 
@@ -119,7 +122,7 @@ def _kept(own: Shares, run: Run) -> dict[Kind, int]:
         "weights": run.weight * own.partition,
         "gradients": run.accumulated * own.shard * on_device if run.stage == 3 else 0,
         "masters": 0 if without_masters else run.master * own.shard * on_device,
-        "moments": 0,
+        "moments": run.moments * own.shard if run.stage == 0 and not without_masters else 0,
         "child": 0,
         "buckets": run.weight * run.bucket if run.stage == 3 else 0,
         "scores": 0,
@@ -171,7 +174,9 @@ def _fisher(own: Shares, run: Run, start: Phase) -> Phase:
 def _selection(own: Shares, run: Run, start: Phase) -> Phase:
     """The threshold, then masks and, compact, an index and the child's own tensors, before what they replace is freed."""
     scores = run.score * own.scored
-    kept = _kept_in_steps(own, run) | {"moments": 0}
+    # Where DeepSpeed has taken a step at the start, there are moments already.
+    kept = _kept_in_steps(own, run)
+    kept["moments"] = kept["moments"] if start.kept["moments"] else 0
     before = sum(start.kept.values()) + _whole(own, run)
     tile = _INT64 * min(_TILE, own.largest)
     mask = own.shard
@@ -238,7 +243,7 @@ def _in_the_step(own: Shares, run: Run) -> int:
         optimizer = part * run.temporaries * (own.child if run.parts else own.shard)
         # They are taken out of small parameters, which are not whole in this moment.
         return round(max(run.accumulated * stepped + fp32, fp32 + inside + optimizer)) - _whole(own, run)
-    flat = 2 * run.accumulated * own.shard if run.stage else run.weight * own.trainable
+    flat = 2 * run.accumulated * own.shard if run.stage else run.weight * own.trainable * (3 if gradients else 1)
     if run.parts == "moments and masters":
         stepped = _FP32 * own.child
         return max(flat + stepped, flat // 2 + stepped + run.temporaries * own.child)
