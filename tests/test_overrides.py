@@ -15,7 +15,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_s
 
 import ds_childtune
 from ds_childtune.zero.overrides import Overrides
-from tests.support.engines import Setup, engine_of, train_step
+from tests.support.engines import Setup, engine_of, on_device, train_step
 from tests.support.models import batches, deal
 from tests.support.ranks import RankPool
 
@@ -136,6 +136,24 @@ READS_3 = {
     "set_local_grad_for_param",
     "update_fp32_grad_for_param_vectorized",
 }
+PASS_2 = {"process_gradients", "backward_epilogue", "scale_if_loss"}
+READS_2 = {"_restore_from_bit16_weights", "offload_states", "single_partition_of_fp32_groups"} | {
+    "parameter.set_full_hp_param",
+    "mapping.get_hp_fragment",
+}
+STEPS_2 = {
+    "reduce_ready_partitions_and_remove_grads",
+    "overlapping_partition_gradients_reduce_epilogue",
+    "finalize_gradient_accumulation_boundary",
+    "partition_size",
+    "parallel_partitioned_bit16_groups",
+    "bit16_groups_flat",
+    "_update_model_bit16_weights",
+    "_lazy_init_hp_params_optimizer_state",
+    "parameter.set_full_hp_grad",
+    "mapping.get_lp_grad_fragment",
+}
+"""`step` replaces some of them, while it runs."""
 PASS_3 = {"reduce_ready_partitions_and_remove_grads", "scale_if_loss"}
 
 
@@ -162,12 +180,14 @@ CASES = {
         {"_get_norm_groups"},
         PASS_3 | {"fp32_partitioned_groups_flat"},
     ),
-    "zero2-clip": case(
+    "zero2-dense-clip": case(
+        Setup("odd", stage=2, clip=0.1, bf16=True), {}, {"unscale_and_clip_grads"}, PASS_2 | READS_2
+    ),
+    "zero2": case(
         Setup("odd", stage=2, clip=0.1, bf16=True),
         {"clip": "child"},
-        {"scaled_global_norm", "unscale_and_clip_grads"},
-        {"_restore_from_bit16_weights", "offload_states", "process_gradients", "backward_epilogue", "scale_if_loss"}
-        | {"single_partition_of_fp32_groups", "parameter.set_full_hp_param", "mapping.get_hp_fragment"},
+        {"step", "zero_grad"},
+        PASS_2 | READS_2 | STEPS_2,
     ),
     "bf16-optimizer": case(
         Setup("odd", stage=1, bf16=True, fp32_accumulation=True),
@@ -226,6 +246,11 @@ def use(engine: Any, setup: Setup, folder: str, tag: str) -> None:
     safe_get_full_fp32_param(next(engine.module.parameters()))
     if setup.stage == 3:
         safe_get_full_grad(next(engine.module.parameters()))
+    if setup.stage == 2:
+        for batch in share(setup, 0, 2):
+            engine.backward(engine(**on_device(engine, batch)))
+            safe_get_full_grad(next(engine.module.parameters()))
+            engine.step()
     if setup.fp32_accumulation:
         for parameter in engine.module.parameters():
             safe_set_full_fp32_param(parameter, safe_get_full_fp32_param(parameter))
@@ -280,7 +305,7 @@ def test_a_user_s_wrappers_are_called_and_come_back(pool: RankPool, tmp_path: Pa
         assert seen.overridden == case.extended | case.replaced, "a name is not tested here, or is not overridden"
         # DeepSpeed links parameters anew when it loads a checkpoint.
         assert seen.lost == expected.lost
-        assert set(seen.lost) <= {"parameter.set_full_hp_param"}
+        assert set(seen.lost) <= {"parameter.set_full_hp_param", "parameter.set_full_hp_grad"}
         assert seen.after == expected.after, "after detach, wrappers are called as often as without a child"
         assert {n: seen.attached[n] for n in case.extended} == {n: expected.attached[n] for n in case.extended}
         assert seen.carries_child == (True, False)

@@ -113,8 +113,8 @@ def read(setup: Setup, optimizer_state: str, folder: str) -> Read:
         note("grad", safe_get_full_grad)
         if setup.stage == 3:
             note("local_grad", lambda p: without_padding(p, safe_get_local_grad(p)))
-            if result.parts.endswith("gradients"):
-                result.refused += refusals_of_gradients(first, result.values["grad"])
+        if result.parts.endswith("gradients"):
+            result.refused += refusals_of_gradients(first, result.values["grad"])
         engine.step()
         dist.barrier()
     return result
@@ -156,8 +156,10 @@ BASE = Setup("odd", optimizer=Optimizer())
 SETUPS = {
     "moments-zero1-bf16": replace(BASE, stage=1, bf16=True, fp32_accumulation=True),
     "moments-zero2": replace(BASE, stage=2, offload=True),
-    "masters-zero1": replace(BASE, stage=1),
-    "masters-zero2-bf16": replace(BASE, stage=2, bf16=True),
+    "masters-zero1": replace(BASE, stage=1, clip=100.0),  # it clips nothing
+    "masters-zero2-bf16": replace(BASE, stage=2, bf16=True, clip=100.0),
+    "gradients-zero1": replace(BASE, stage=1),
+    "gradients-zero2-bf16": replace(BASE, stage=2, bf16=True),
     "moments-zero3": replace(BASE, stage=3, clip=0.5, sub_group_size=20),
     "gradients-zero3": replace(BASE, stage=3, sub_group_size=20),
     "gradients-zero3-bf16": replace(BASE, stage=3, bf16=True, sub_group_size=20),
@@ -178,7 +180,7 @@ def test_reads_are_those_of_the_dense_hook_path(pool: RankPool, name: str, tmp_p
             assert values.keys() == b.values[what].keys()
             for n, value in values.items():
                 # With compact gradients there is no other than the child's; a mask covers a local partition only at world size 1.
-                if what == "grad" and name.startswith("gradients-zero3"):
+                if what == "grad" and name.startswith("gradients"):
                     value = value * a.masks[n].flatten()
                 if what == "local_grad" and masters:
                     continue
@@ -194,12 +196,12 @@ def test_reads_are_those_of_the_dense_hook_path(pool: RankPool, name: str, tmp_p
             assert differing == [], what
         expected = ["set_optimizer_state", *(["set_fp32_param"] if masters or setup.stage == 3 else [])]
         expected += ["set_local_fp32_param"] if setup.stage == 3 else []
-        expected += ["set_grad"] if name.startswith("gradients-zero3") else []
+        expected += ["set_grad"] if name.startswith("gradients") else []
         assert b.refused == expected
         assert a.refused == []
 
 
-@pytest.mark.parametrize("name", ["moments-zero2", "masters-zero1", "masters-zero2-bf16"])
+@pytest.mark.parametrize("name", ["moments-zero2", "masters-zero1", "masters-zero2-bf16", "gradients-zero2-bf16"])
 def test_reads_with_round_robin_gradients(pool: RankPool, name: str, tmp_path: Path) -> None:
     """A compact child answers right, where DeepSpeed by itself reads other parameters' masters and moments."""
     setup = SETUPS[name]

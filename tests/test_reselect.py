@@ -26,10 +26,12 @@ P, STEPS = 0.3, 2
 ADAM = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
 BASE = Setup("llama", accumulation=2, optimizer=Optimizer("AdamW", {**ADAM, "torch_adam": True}))
 SETUPS = {
-    "masters-zero1": replace(BASE, stage=1),
+    "masters-zero1": replace(BASE, stage=1, clip=100.0),
+    "gradients-zero1": replace(BASE, stage=1),
     "moments-zero2-offload": replace(BASE, stage=2, offload=True),
     "moments-zero3": replace(BASE, stage=3, clip=100.0, sub_group_size=300),  # it clips nothing
-    "masters-zero2-bf16": replace(BASE, stage=2, bf16=True),
+    "masters-zero2-bf16": replace(BASE, stage=2, bf16=True, clip=100.0),
+    "gradients-zero2-bf16": replace(BASE, stage=2, bf16=True),
     "gradients-zero3": replace(BASE, stage=3, sub_group_size=300),
     "gradients-zero3-bf16": replace(BASE, stage=3, bf16=True, sub_group_size=300),
 }

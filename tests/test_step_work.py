@@ -94,14 +94,16 @@ CELLS: dict[str, tuple[int, dict[str, Any]]] = {
     "D, clip child, zero3": (3, {**D, "clip": "child"}),
     "moments": (3, {**COMPACT, "clip": "dense"}),
     "masters, zero1": (1, COMPACT),
-    "masters, clip child, zero2": (2, {**COMPACT, "clip": "child"}),
+    "masters, zero2": (2, COMPACT),
 }
 EACH: dict[str, tuple[int, dict[str, Any]]] = {
+    "gradients, clip child, zero1": (1, {**COMPACT, "clip": "child"}),
+    "gradients, clip child, zero2": (2, {**COMPACT, "clip": "child"}),
     "gradients, clip child, zero3": (3, {**COMPACT, "clip": "child"}),
     "D, clip child, zero0": (0, {**D, "clip": "child"}),
     "moments, zero0": (0, COMPACT),
 }
-"""Where parameters come one by one: in ZeRO-3's reduction, and without ZeRO, where each is a shard."""
+"""Where parameters come one by one: as gradients that become whole, and without ZeRO, where each is a shard."""
 
 
 Done = tuple[int, int]

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+import ds_childtune
+from tests.support.compact_runs import BASE, FROM_START, SGD, Case, check, run, share
+from tests.support.engines import Setup, Weights, engine_of, model_weights, on_device, train_step
 from tests.support.ranks import RankPool
 from tests.support.traffic import Traffic
 
@@ -26,3 +36,193 @@ def test_the_counter_counts_what_is_sent(pool: RankPool) -> None:
     """Times W / (W - 1): an all-reduce sends each byte twice, the others once."""
     expected = {"all-reduce": 2 * 20, "all-gather": 2 * 80, "reduce-scatter": 40, "broadcast": 20}
     assert pool[2].run(known_collectives) == [expected] * 2
+
+
+ONE = replace(BASE, accumulation=1)
+
+SENDING = {
+    "zero1": Case(replace(BASE, stage=1, schedule=True, no_decay=("ln", "bias")), True),
+    "zero1-round-robin-sgd": Case(replace(BASE, stage=1, round_robin=True, optimizer=SGD), True),
+    "zero1-bf16-odd": replace(FROM_START, setup=replace(BASE, stage=1, bf16=True, family="odd", overlap_comm=True)),
+    "zero2-llama": Case(replace(ONE, stage=2, family="llama"), True),
+    "zero2-odd": Case(replace(BASE, stage=2, family="odd"), True, past=False, after=False),
+    "zero2-t5-sgd": Case(
+        replace(BASE, stage=2, family="t5", optimizer=SGD, overlap_comm=True), True, past=False, after=False
+    ),
+    "zero2-bf16-round-robin": Case(
+        replace(BASE, stage=2, bf16=True, round_robin=True, no_decay=("ln", "bias")),
+        True,
+        past=False,
+        reselect=False,
+        after=False,
+    ),
+}
+
+
+def dense_of(case: Case) -> Case:
+    """With additions in the same order, micro-batches on each rank, then ranks: the dense path of ZeRO-2 adds ranks first."""
+    return replace(case, setup=replace(case.setup, stage=1)) if case.setup.accumulation > 1 else case
+
+
+@pytest.mark.parametrize("name", SENDING)
+def test_a_child_that_is_sent_by_itself_is_bitwise_the_dense_hook_path(pool: RankPool, name: str) -> None:
+    case = SENDING[name]
+    check(case, pool[2].run(run, dense_of(case), "dense"), pool[2].run(run, case, "compact"))
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2-odd"])
+def test_one_rank(pool: RankPool, name: str) -> None:
+    case = SENDING[name]
+    check(case, pool[1].run(run, dense_of(case), "dense"), pool[1].run(run, case, "compact"))
+
+
+BLOCK = {"mode": "ChildTuning-D", "reserve_p": 0.3, "include": ["*"], "selector": "random"}
+
+
+@contextmanager
+def chosen(setup: Setup, optimizer_state: str, **extra: Any) -> Iterator[tuple[Any, ds_childtune.ChildTuner]]:
+    """An engine with a child of random elements, which is the same for every engine."""
+    torch.manual_seed(0)
+    with engine_of(setup, **extra) as engine:
+        child = ds_childtune.attach(engine, BLOCK | {"optimizer_state": optimizer_state})
+        child.select()
+        yield engine, child
+
+
+def backward(engine: Any, batch: Any) -> None:
+    output = engine(**on_device(engine, batch))
+    engine.backward(output if isinstance(output, Tensor) else output.loss)
+
+
+def sent(setup: Setup) -> tuple[dict[str, int], dict[str, int], int, int, int]:
+    """Bytes and calls of a step, elements of the child, of the longest of its shares, and gradients that are kept in the middle."""
+    with chosen(setup, "compact") as (engine, child):
+        mine = share(setup, 0, 3 * setup.accumulation * dist.get_world_size())
+        train_step(engine, mine[: 2 * setup.accumulation])
+        first, *rest = mine[2 * setup.accumulation :]
+        with Traffic() as traffic:
+            train_step(engine, [first])
+            kept = sum(p.grad.numel() for p in engine.module.parameters() if p.grad is not None)
+            train_step(engine, rest)
+        numels = [sum(s.index.numel() for s in child._hooks.child.shards.values())]
+        counts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(counts, numels[0])
+        return dict(traffic.bytes), dict(traffic.calls), sum(counts), max(counts), kept
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_step_sends_the_child_once(pool: RankPool, stage: int, world_size: int) -> None:
+    """However many micro-batches: 4 bytes for each element in bf16, and padding where ranks own less than others."""
+    setup = replace(BASE, stage=stage, bf16=True, family="llama", accumulation=3, no_decay=("norm",))
+    for moved, calls, numel, longest, kept in pool[world_size].run(sent, setup):
+        assert (calls["reduce-scatter"], calls["all-gather"]) == (1, 1)
+        assert moved["reduce-scatter"] == moved["all-gather"] == 2 * longest * world_size
+        assert moved["all-reduce"] < 100, "numbers, such as the norm"
+        assert numel > 300, "vacuous"
+        assert longest * world_size < 2 * numel
+        assert kept == 0
+
+
+WAYS: dict[str, Callable[[Any, list[Any]], None]] = {}
+"""To take an optimizer step of two backward passes."""
+
+
+def way(function: Callable[[Any, list[Any]], None]) -> Callable[[Any, list[Any]], None]:
+    WAYS[function.__name__] = function
+    return function
+
+
+@way
+def unmanaged(engine: Any, two: list[Any]) -> None:
+    for batch in two:
+        backward(engine, batch)
+    engine.step()
+
+
+@way
+def coalesced(engine: Any, two: list[Any]) -> None:
+    with engine.coalesce_grad_reduction():
+        for batch in two:
+            backward(engine, batch)
+    engine.step()
+
+
+@way
+def without_sync(engine: Any, two: list[Any]) -> None:
+    with engine.no_sync():
+        backward(engine, two[0])
+    backward(engine, two[1])
+    engine.step()
+
+
+@way
+def replaced(engine: Any, two: list[Any]) -> None:
+    """The second of two passes at the boundary takes the place of the first, which is DeepSpeed's rule."""
+    unmanaged(engine, two)
+
+
+@way
+def interrupted(engine: Any, two: list[Any]) -> None:
+    """An exception in the middle of a backward pass, after which the caller starts anew."""
+    output = engine(**on_device(engine, two[0]))
+    (output if isinstance(output, Tensor) else output.loss).register_hook(lambda g: g)
+    last = next(p for p in engine.module.parameters() if p.requires_grad)
+
+    def fail(_: Any) -> None:
+        raise KeyError("in the middle")
+
+    handle = last.register_hook(fail)
+    with pytest.raises(KeyError, match="in the middle"):
+        engine.backward(output if isinstance(output, Tensor) else output.loss)
+    handle.remove()
+    engine.optimizer.exit_backward()
+    engine.optimizer.zero_grad()
+    for params in engine.optimizer.bit16_groups:
+        assert all(p.grad is None for p in params)
+    backward(engine, two[1])
+    engine.step()
+
+
+def after(setup: Setup, optimizer_state: str, name: str) -> Weights:
+    extra = {"managed_gradient_accumulation": False} if name == "unmanaged" else {}
+    with chosen(setup, optimizer_state, **extra) as (engine, _):
+        for step in range(2):
+            mine = share(setup, step, 2 * dist.get_world_size())
+            if name == "interrupted" and optimizer_state == "dense":
+                train_step(engine, mine[1:])  # as if the other had not been
+            else:
+                WAYS[name](engine, mine)
+        return model_weights(engine)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_other_ways_to_a_step(pool: RankPool, name: str) -> None:
+    """Bitwise the dense path of ZeRO-1, which adds in the same order."""
+    setup = replace(BASE, stage=1, family="gpt2", accumulation=1)
+    expected = pool[2].run(after, setup, "dense", name)
+    for stage in (1,) if name == "without_sync" else (1, 2):
+        for a, b in zip(expected, pool[2].run(after, replace(setup, stage=stage), "compact", name), strict=True):
+            differing = [n for n, w in a.items() if not torch.equal(w, b[n])]
+            assert differing == [], stage
+    other = pool[2].run(after, setup, "dense", "unmanaged" if name == "replaced" else "replaced")
+    if name != "interrupted":
+        assert any(not torch.equal(w, other[0][n]) for n, w in expected[0].items()), "vacuous"
+
+
+def four(setup: Setup, optimizer_state: str) -> tuple[Weights, list[int]]:
+    with chosen(setup, optimizer_state) as (engine, child):
+        for step in range(3):
+            train_step(engine, share(setup, step, setup.accumulation * 4))
+        shards = getattr(child._hooks.child, "shards", {})
+        return model_weights(engine), [s.index.numel() for s in shards.values()]
+
+
+def test_four_ranks_of_which_some_own_nothing(pool: RankPool) -> None:
+    """Sums of four are added in another order than in DeepSpeed's all-reduce: equal to a few units in the last place."""
+    setup = replace(BASE, stage=2, family="odd", accumulation=1, no_decay=("scale",))
+    dense, compact = (pool[4].run(four, setup, state) for state in ("dense", "compact"))
+    assert 0 in [count for _, counts in compact for count in counts], "vacuous: every rank owns something of each group"
+    for (expected, _), (got, _) in zip(dense, compact, strict=True):
+        for n, w in expected.items():
+            torch.testing.assert_close(got[n], w, rtol=1e-5, atol=1e-6, msg=n)

@@ -9,9 +9,10 @@ in full; padding is not. `Parts` says what is compact:
     moments                           any stage   DeepSpeed's flat shards stay. Around the base optimizer's step the gradient is
                                                   gathered at the index, and child shards are in `param_groups`.
     moments and masters               ZeRO 1, 2   DeepSpeed's fp32 flat shards go: child shards are the masters.
-    moments, masters and gradients    ZeRO-3      gradient buffers have the child's size, too.
+    moments, masters and gradients    ZeRO 1-3    gradients are kept for the child only, too; at ZeRO 1 and 2 nothing else is sent.
 
-Where masters are compact DeepSpeed itself runs on child shards: see `Plumbing`, `zero/compact_stage3.py`, `zero/compact_stage12.py`.
+Where masters are compact DeepSpeed itself runs on child shards: see `Plumbing`, `zero/compact_stage3.py`, `zero/compact_stage12.py`,
+`zero/compact_sending.py`.
 
 With compact moments only, weights are edited in the flat shard (a checkpoint is loaded into it), and the next step begins with those;
 where it is 16-bit, the child shard is the fp32 master of every element that was not edited. With compact masters the child shard is

@@ -148,8 +148,8 @@ def _keys(reading: ConfigReading, child: ChildTuningConfig) -> Iterator[Key]:
 def _stage_effect(stage: int) -> str:
     return {
         0: "every rank has everything; moments can be compact",
-        1: "moments and masters can be compact",
-        2: "moments and masters can be compact",
+        1: "moments, masters and gradients can be compact; then only the child is sent",
+        2: "moments, masters and gradients can be compact; then only the child is sent",
         3: "moments, masters and gradients can be compact",
     }[stage]
 

@@ -210,9 +210,11 @@ def _kept_in_steps(own: Shares, run: Run) -> dict[Kind, int]:
             kept["masters"] = (0 if run.aliased else kept["masters"]) + _FP32 * own.child
         else:
             kept["masters"] = _FP32 * own.child
-        if run.parts == "moments, masters and gradients":
+        if run.parts == "moments, masters and gradients" and run.stage == 3:
             kept["gradients"] = run.accumulated * own.child
             kept["child"] += _INDEX * own.places
+        elif run.parts == "moments, masters and gradients":
+            kept["child"] = _INDEX * own.child * run.world_size  # every rank's
     return kept
 
 
@@ -222,6 +224,8 @@ def _steps(own: Shares, run: Run) -> Phase:
     if run.stage in (1, 2):
         bucket = run.weight * run.bucket * run.buckets
         whole = run.accumulated * own.shard if run.stage == 2 else run.weight * own.trainable
+        if run.parts == "moments, masters and gradients":  # of all ranks' children
+            whole, bucket = run.accumulated * own.child * run.world_size, 0
         backward = whole + bucket + run.weight * own.largest
     elif run.stage == 0:
         backward = run.weight * own.trainable
@@ -243,6 +247,11 @@ def _in_the_step(own: Shares, run: Run) -> int:
         optimizer = part * run.temporaries * (own.child if run.parts else own.shard)
         # They are taken out of small parameters, which are not whole in this moment.
         return round(max(run.accumulated * stepped + fp32, fp32 + inside + optimizer)) - _whole(own, run)
+    if run.parts == "moments, masters and gradients":
+        # What is sent, and then the same of all ranks; gradients that came, in fp32, and what the optimizer needs.
+        stepped = max(run.accumulated + _FP32, _FP32 + run.temporaries) * own.child
+        tile = (_INT64 + run.weight) * min(_TILE, own.child)  # scattered at once
+        return round(run.weight * own.child + max(stepped, run.weight * own.child * run.world_size) + tile)
     flat = 2 * run.accumulated * own.shard if run.stage else run.weight * own.trainable * (3 if gradients else 1)
     if run.parts == "moments and masters":
         stepped = _FP32 * own.child

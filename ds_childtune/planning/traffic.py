@@ -11,12 +11,16 @@ _FP32 = 4
 def sent_per_step(outline: ModelOutline, run: Run) -> dict[str, int]:
     """Bytes that each rank sends in one step of one micro-batch, with ring algorithms: (W - 1) / W of what a collective covers.
 
-    A child sends as much as plain DeepSpeed: gradients are reduced whole, and weights gathered whole.
+    At ZeRO 1 and 2 a child with compact gradients sends itself only. Others send as much as plain DeepSpeed: gradients are reduced
+    whole, and weights gathered whole.
     """
     trainable = sum(w.numel for w in outline.weights if w.trains)
     ring = (run.world_size - 1) / run.world_size
     if run.stage == 0:
         return {"gradients": round(2 * ring * run.weight * trainable), "weights": 0}
+    if run.stage < 3 and run.parts == "moments, masters and gradients":
+        child = round(ring * run.weight * outline.trained)
+        return {"gradients": child, "weights": child}
     if run.stage < 3:
         # Buckets are all-reduced, and a rank keeps its part; afterwards weights are gathered.
         return {"gradients": round(2 * ring * run.weight * trainable), "weights": round(ring * run.weight * trainable)}

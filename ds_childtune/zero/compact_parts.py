@@ -4,10 +4,11 @@
 Everywhere *moments* exist for the child's elements only. DeepSpeed can also be made to keep nothing but the child's of
 
     ZeRO 1, 2    masters                   without offload, and with gradients that are accumulated in the model's dtype
+                 and gradients             where no norm of the whole gradient is needed, too; then only the child is sent
     ZeRO-3       masters and gradients     without offload, and where no norm of the whole gradient is needed
 
-so that is done where the config allows it. This file decides, for an engine or beforehand for a config; `compact_stage12.py` and
-`compact_stage3.py` do it.
+so that is done where the config allows it. This file decides, for an engine or beforehand for a config; `compact_stage12.py`,
+`compact_sending.py` and `compact_stage3.py` do it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ds_childtune.child.compact import Parts, Plumbing
+from ds_childtune.zero.compact_sending import SendingPlumbing
 from ds_childtune.zero.compact_stage3 import ZeroThreePlumbing
 from ds_childtune.zero.compact_stage12 import ZeroTwoPlumbing
-from ds_childtune.zero.engine import Engine, Wrapper
+from ds_childtune.zero.engine import Engine, Wrapper, wrapper_of
 from ds_childtune.zero.lean_start import is_lean
 from ds_childtune.zero.settings import Settings
 
@@ -42,7 +44,9 @@ class CompactParts:
         parts, text = compact_parts(Settings.of_engine(engine), clip)
         if parts == "moments":
             return cls(None, text)
-        return cls(ZeroTwoPlumbing(engine) if parts == "moments and masters" else ZeroThreePlumbing(engine), text)
+        if parts == "moments and masters":
+            return cls(ZeroTwoPlumbing(engine), text)
+        return cls(ZeroThreePlumbing(engine) if wrapper_of(engine) is Wrapper.ZERO_3 else SendingPlumbing(engine), text)
 
 
 def compact_parts(settings: Settings, clip: Clip) -> tuple[Parts, str]:
@@ -50,13 +54,16 @@ def compact_parts(settings: Settings, clip: Clip) -> tuple[Parts, str]:
     against = _reason_against(settings, clip)
     if against is not None:
         return "moments", f"moments of the child only; masters and gradients stay whole: {against}"
+    text = "moments, masters and gradients of the child only; the gradient norm is the child's"
     if settings.wrapper is Wrapper.ZERO_3:
-        text = "moments, masters and gradients of the child only; the gradient norm is the child's"
         return "moments, masters and gradients", text
-    return (
-        "moments and masters",
-        "moments and masters of the child only; gradients stay whole: ZeRO 1 and 2 reduce them so",
-    )
+    whole = _norm_of_whole(clip, clips=settings.clips)
+    if whole is not None:
+        return (
+            "moments and masters",
+            f"moments and masters of the child only; gradients stay and are sent whole: {whole}",
+        )
+    return "moments, masters and gradients", f"{text}; only the child is sent"
 
 
 def refuse_lean(engine: Engine, *, compact: bool, clip: Clip) -> None:
@@ -102,7 +109,7 @@ def _reason_against(settings: Settings, clip: Clip) -> str | None:
 
 
 def _norm_of_whole(clip: Clip, *, clips: bool) -> str | None:
-    """Why the norm of the whole gradient is needed at ZeRO-3, or None."""
+    """Why the norm of the whole gradient is needed, or None."""
     if clip == "dense":
         return 'child_tuning.clip "dense" needs the norm of the whole gradient'
     if clip is None and clips:

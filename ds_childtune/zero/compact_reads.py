@@ -56,11 +56,15 @@ class _Mapped:
         for flat, mapping in self._mapped:
             mapping.optim_fragment = {}  # it has views of dense moments, which would stay in memory
             put.method(mapping, "get_hp_fragment", self._reader(child.shards[flat], mapping))
+            if child.norm_is_child:
+                put.around(mapping, "get_lp_grad_fragment", self._gradient_reader(child.shards[flat], mapping))
         for _, param in pairs:
             if child.parts == "moments":
                 put.around(param, "set_full_hp_param", _set_weights)
             else:
                 put.method(param, "set_full_hp_param", _refusing(_SETS))
+            if child.norm_is_child:
+                put.method(param, "set_full_hp_grad", _refusing("safe_set_full_grad"))
         # It drops every `_hp_mapping` and makes new ones from dense state.
         put.method(optimizer, "offload_states", _refusing("offload_states"))
         if child.parts != "moments":
@@ -83,6 +87,18 @@ class _Mapped:
             return mapping.hp_fragment if self._child.parts == "moments" else _weights(shard, start, numel)
 
         return get_hp_fragment
+
+    def _gradient_reader(self, shard: ChildShard, mapping: Any) -> Callable[..., Tensor]:
+        start, numel = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+
+        def get_lp_grad_fragment(original: Callable[..., Tensor], index: int) -> Tensor:
+            gradients = mapping.gradient_dict.get(mapping.param_group_index)
+            if gradients is None:
+                return original(index)  # which says when there are any
+            values = gradients.flat_partition
+            return _put_together(shard, values, torch.zeros(numel, dtype=values.dtype, device=values.device), start)
+
+        return get_lp_grad_fragment
 
     def _restore_from_bit16_weights(self) -> None:
         for shard in self._child.shards.values():

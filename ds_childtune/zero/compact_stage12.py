@@ -59,6 +59,9 @@ class ZeroTwoPlumbing:
         for flat, lp, mappings in parameter_partitions(self._optimizer):
             flat.data = lp.data
             mapped_to(flat, mappings)
+        self._override()
+
+    def _override(self) -> None:
         self._overrides.around(self._optimizer, "unscale_and_clip_grads", self._unscale_and_clip_grads)
 
     def remove(self) -> None:

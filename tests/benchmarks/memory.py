@@ -35,7 +35,7 @@ def live_storages() -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for thing in gc.get_objects():
-            if isinstance(thing, torch.Tensor) and thing.layout == torch.strided:
+            if isinstance(thing, torch.Tensor) and thing.layout == torch.strided and not thing.is_meta:
                 storage = thing.untyped_storage()
                 sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())

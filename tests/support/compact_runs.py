@@ -100,11 +100,12 @@ def run(case: Case, optimizer_state: str, clip: str | None = None) -> Run:
         return Run(parts, start, phases, state_numel, child_numel, flat_state)
 
 
-def parts_of(setup: Setup, *, masters: bool) -> str:
-    """What is compact, where masters are, or are not."""
+def parts_of(setup: Setup, *, masters: bool, clip: str | None = None) -> str:
+    """What is compact, where masters are, or are not; `clip` as in the child's config."""
     if not masters:
         return "moments"
-    return "moments, masters and gradients" if setup.stage == 3 else "moments and masters"
+    sends = setup.stage == 3 or clip == "child" or not setup.clip
+    return "moments, masters and gradients" if sends else "moments and masters"
 
 
 CLIPPED = Setup(accumulation=2, clip=0.5, schedule=True)

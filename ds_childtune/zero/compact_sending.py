@@ -1,0 +1,188 @@
+"""Compact masters and gradients at ZeRO 1 and 2: ranks send each other only the child.
+
+[Note: ZeRO-2 sends the child]
+Every rank knows which elements of each parameter are the child's, and whose (see [Note: rows of the child]). Overridden are:
+
+    process_gradients, reduce_ready_...        take the child's elements of a gradient as soon as it is whole, add them up on this
+                                               rank, and free the gradient: from the first micro-batch on nothing else is kept
+    overlapping_..._reduce_epilogue            at the accumulation boundary one reduce-scatter; `averaged_gradients` is the child's
+    finalize_gradient_accumulation_boundary    likewise, where the caller says when to step
+    step                                       runs on child shards, see below; then one all-gather of the child's 16-bit values
+    zero_grad                                  forgets what was added up, too
+
+For the length of a step the lists that it reads hold tensors of the child's size. So overflow check, norm, unscaling, clipping and the
+step are DeepSpeed's own code. It copies masters into what is sent afterwards, and finds nothing to gather by itself. Between steps the
+lists are as in [Note: ZeRO-2 on child shards], and so is what reads and saves them.
+
+The order of additions is ZeRO-1's: micro-batches on each rank first, then ranks. The gradient norm is the child's. Values outside the
+child that are not finite are not seen, and do no harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from ds_childtune.child.child_shard import put_
+from ds_childtune.child.compact import Parts
+from ds_childtune.zero.child_layout import ChildLayout
+from ds_childtune.zero.compact_stage12 import ZeroTwoPlumbing
+from ds_childtune.zero.overrides import Overrides
+
+
+class Gradients(list[Tensor]):
+    """`averaged_gradients` of one group: one tensor, which DeepSpeed need not flatten."""
+
+    def __init__(self, flat_partition: Tensor) -> None:
+        super().__init__([flat_partition])
+        self.flat_partition = flat_partition
+
+
+class SendingPlumbing(ZeroTwoPlumbing):
+    """See [Note: ZeRO-2 sends the child]. The order of shards is that of `read_flat_shards`; `install` is a collective."""
+
+    parts: Parts = "moments, masters and gradients"
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self._layout: ChildLayout | None = None
+        self._sum: Tensor | None = None
+        """This rank's gradients since the last reduction, as the layout's matrix."""
+        self._stream: Any = None
+        """That it was last written on."""
+
+    def _override(self) -> None:
+        optimizer, put = self._optimizer, self._overrides
+        self._layout = ChildLayout(optimizer, self._shards)
+        for i, shard in enumerate(self._shards):
+            if (gradients := optimizer.averaged_gradients.get(i)) is not None:
+                whole = torch.cat([g.reshape(-1) for g in gradients])
+                optimizer.averaged_gradients[i] = Gradients(whole.index_select(0, shard.index))
+        put.method(optimizer, "process_gradients", self._take)
+        put.method(optimizer, "reduce_ready_partitions_and_remove_grads", self._take)
+        put.method(optimizer, "overlapping_partition_gradients_reduce_epilogue", self._epilogue)
+        put.method(optimizer, "finalize_gradient_accumulation_boundary", self._finalize)
+        put.around(optimizer, "zero_grad", self._zero_grad)
+        put.around(optimizer, "step", self._step)
+
+    def remove(self) -> None:
+        for i, shard in enumerate(self._shards):
+            if (gradients := self._optimizer.averaged_gradients.get(i)) is not None:
+                dense = gradients[0].new_zeros(shard.flat.numel)
+                put_(dense, shard.index, gradients[0])
+                self._optimizer.averaged_gradients[i] = [dense]
+        super().remove()
+        self._layout = self._sum = self._stream = None
+
+    # ---------------------------------------------------------------- gradients
+
+    @property
+    def _rows(self) -> ChildLayout:
+        assert self._layout is not None, "not installed"
+        return self._layout
+
+    @torch.no_grad()
+    def _take(self, param: Any, group: int) -> None:
+        # Not yet where a loop over one computation makes a gradient in parts, which autograd adds up.
+        if param.grad is None or not getattr(param, "ds_grad_is_ready", True):
+            return
+        pieces = self._rows.pieces.get(id(param), ())
+        if pieces:
+            matrix = self._followed()
+            gradient = (param.grad.to_dense() if param.grad.is_sparse else param.grad).reshape(-1)
+            for piece in pieces:
+                matrix.narrow(0, piece.start, piece.index.numel()).add_(piece.of(gradient))
+        param.grad = None
+
+    def _followed(self) -> Tensor:
+        """The sum so far, safe to use on the current stream: a backward pass may run on several."""
+        stream = get_accelerator().current_stream()
+        if self._sum is None:
+            rows = self._rows
+            self._sum = torch.zeros(
+                rows.ranks * rows.columns, dtype=self._optimizer.dtype, device=self._shards[0].index.device
+            )
+        elif stream != self._stream and not get_accelerator().resolves_data_dependency():
+            stream.wait_stream(self._stream)
+            self._sum.record_stream(stream)
+        self._stream = stream
+        return self._sum
+
+    def _epilogue(self) -> None:
+        optimizer = self._optimizer
+        if optimizer.is_gradient_accumulation_boundary():
+            self._reduce()
+        optimizer._release_ipg_buffers()
+        optimizer._clear_param_grad_only()
+        optimizer._epilogue_ran_this_backward = True
+
+    def _finalize(self) -> None:
+        self._optimizer.set_gradient_accumulation_boundary(True)
+        self._reduce()
+
+    @torch.no_grad()
+    def _reduce(self) -> None:
+        optimizer = self._optimizer
+        mine, self._sum = self._averaged(self._followed()), None
+        start = 0
+        for i, count in enumerate(self._rows.mine):
+            part = mine.narrow(0, start, count)
+            before = optimizer.averaged_gradients.get(i)
+            # A backward pass may end in several parts, as with reentrant checkpoints. Another one replaces it, as in DeepSpeed.
+            if before is not None and optimizer._epilogue_ran_this_backward:
+                part = part + before.flat_partition
+            optimizer.averaged_gradients[i] = Gradients(part)
+            start += count
+
+    def _averaged(self, matrix: Tensor) -> Tensor:
+        """This rank's row of the average over ranks, in the order of operations of `average_tensor`."""
+        optimizer, ranks, dtype = self._optimizer, self._rows.ranks, matrix.dtype
+        # Under torch.autocast parameters may differ in it.
+        sent = next(iter(optimizer.ipg_buckets)) if len(optimizer.ipg_buckets) == 1 else torch.float32
+        if optimizer.reduce_scatter:
+            if optimizer.gradient_average:
+                matrix.div_(float(ranks))
+            return self._rows.reduce(matrix.to(sent)).to(dtype)
+        matrix = matrix.to(sent)
+        if not optimizer.gradient_average:
+            return self._rows.reduce(matrix).to(dtype)
+        if not optimizer.postscale_gradients:
+            return self._rows.reduce(matrix.div_(float(ranks))).to(dtype)
+        before = optimizer.gradient_predivide_factor
+        if before != 1.0:
+            matrix.mul_(1.0 / before)
+        row = self._rows.reduce(matrix)
+        return (row.mul_(before / float(ranks)) if before != ranks else row).to(dtype)
+
+    def _zero_grad(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._sum = None
+        return original(*args, **kwargs)
+
+    # ---------------------------------------------------------------- the step
+
+    def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        optimizer, rows = self._optimizer, self._rows
+        flats = optimizer.bit16_groups_flat
+        row = torch.empty(rows.columns, dtype=flats[0].dtype, device=flats[0].device)
+        sent: Sequence[Tensor] = row.narrow(0, 0, sum(rows.mine)).split(rows.mine)
+        with Overrides() as put:
+            put.attribute(optimizer, "single_partition_of_fp32_groups", [s.tensor for s in self._shards])
+            put.attribute(optimizer, "partition_size", rows.mine)
+            # DeepSpeed copies masters into this rank's, and gathers as many groups as there are flat buffers.
+            put.attribute(optimizer, "parallel_partitioned_bit16_groups", [[part] * rows.ranks for part in sent])
+            put.attribute(optimizer, "bit16_groups_flat", [])
+            put.method(optimizer, "_update_model_bit16_weights", _nothing)
+            put.method(optimizer, "_lazy_init_hp_params_optimizer_state", _nothing)
+            result = original(*args, **kwargs)
+        if not optimizer.overflow:
+            with torch.no_grad():
+                rows.spread(row, flats)
+        return result
+
+
+def _nothing(*_: object, **__: object) -> None:
+    pass
