@@ -24,6 +24,6 @@ def test_the_wheel_has_every_module(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     found = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("ds_childtune/")}
     folders = {name.split("/")[1] for name in found if name.count("/") == 2}
-    assert folders == {"selection", "child", "zero", "checkpoint", "child_files"}
+    assert folders == {"selection", "child", "zero", "checkpoint", "child_files", "planning", "commands"}
     modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("ds_childtune/**/*.py")}
     assert found == modules | {"ds_childtune/py.typed"}
