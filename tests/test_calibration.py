@@ -606,7 +606,7 @@ def host_waits(stage: int, layers: int) -> int:
 def test_the_host_waits_as_often_for_a_large_model(pool: RankPool, stage: int) -> None:
     few, many = (pool[2].run(host_waits, stage, layers)[0] for layers in (1, 5))
     assert few == many
-    assert 3 <= few <= 33, "vacuous, or more than eleven for each of three micro-batches"
+    assert 3 <= few <= 30, "vacuous, or more than a few for a micro-batch"
 
 
 OFFLOAD = [replace(Setup(stage=stage, offload=True), sub_group_size=40) for stage in (2, 3)]

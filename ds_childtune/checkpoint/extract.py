@@ -1,4 +1,4 @@
-"""The child alone, out of a checkpoint: what `child.export` would have written, without ranks, engine or training script."""
+"""Only the child, out of a checkpoint: what `child.export` would have written, without ranks, engine or training script."""
 
 from __future__ import annotations
 

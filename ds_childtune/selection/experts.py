@@ -18,6 +18,7 @@ has no sibling with a gradient. Both are errors that name them.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -135,5 +136,5 @@ def _slices_with_a_score(
             hits[one.name][i] |= (part != 0).any().to(together.device).long()
     max_over_ranks(together)
     parts = together.bool().tolist()
-    ends = torch.tensor(list(slices.values())).cumsum(0).tolist()
+    ends = itertools.accumulate(slices.values())
     return {name: parts[end - count : end] for (name, count), end in zip(slices.items(), ends, strict=True)}
