@@ -54,7 +54,13 @@ class Arguments:
         None
     )
 
-    peft: Annotated[Literal["lora", "dora"] | None, _help("With plain: train peft's adapters, not the weights.")] = None
+    select_at: Annotated[
+        int, _help("ChildTuning-D: steps that train in full before the child is chosen; LoRA's A needs some.")
+    ] = 0
+
+    peft: Annotated[
+        Literal["lora", "dora"] | None, _help("Train peft's adapters, not the weights; a child is one of adapters.")
+    ] = None
     lora_rank: Annotated[int, _help("Rank of the adapters; alpha is twice as much.")] = 16
 
     seed: Annotated[int, _help("Of the data's order, a fresh head, dropout and the child.")] = 0
@@ -115,10 +121,12 @@ class Arguments:
                 f"expected --selector contrast and --against-file together, got {self.selector} and {self.against_file}."
                 " Remedy: name both."
             )
-        if self.peft is not None and self.method != "plain":
+        if self.select_at < 0:
+            raise ValueError(f"--select-at: expected 0 or more, got {self.select_at}. Remedy: leave it out.")
+        if self.select_at and self.export is not None:
             raise ValueError(
-                f"--peft {self.peft}: expected --method plain, as adapters are not masked here, got {self.method}."
-                " Remedy: add --method plain."
+                "--export: expected a child outside of which nothing has moved since the base model, got one chosen at step"
+                f" {self.select_at} (--select-at). Remedy: --output, which writes the whole model, or with --peft the adapters."
             )
         if self.packing and self.task != "causal-lm":
             raise ValueError(

@@ -6,8 +6,9 @@
     deepspeed launch/finetune.py --task regression --train-file stsb.jsonl --eval-file stsb-dev.jsonl --method plain
 
 It reads from top to bottom: DeepSpeed config, model, training, one run from data to scores, results. Beside it are its options
-(arguments.py), ranks (processes.py), data (text_data.py, chat_data.py) and scores (evaluation.py). Another script can have the same
-job without the command line: `with processes(): run(Arguments(...))`, or only `run(...)` where there is a process group.
+(arguments.py), ranks (processes.py), data (text_data.py, chat_data.py), the child (child_choice.py) and scores (evaluation.py).
+Another script can have the same job without the command line: `with processes(): run(Arguments(...))`, or only `run(...)` where
+there is a process group.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 import transformers
 import typer
 from arguments import Arguments, command
+from child_choice import ChildChoice
 from datasets import Dataset
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
@@ -34,7 +36,7 @@ from evaluation import Logits, evaluate, label_logits
 from processes import first_local_rank_first, processes, together
 from rich.console import Console
 from rich.table import Table
-from text_data import Collate, Data, calibration_batches, collator, load_data, package, to_device, training_batches
+from text_data import Collate, Data, collator, load_data, package, to_device, training_batches
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -75,6 +77,8 @@ def child_block(args: Arguments, block: dict[str, Any] | None) -> dict[str, Any]
     """The `"child_tuning"` block, or None for vanilla fine-tuning. ds_childtune checks it."""
     block = dict(block or {"mode": "plain"})
     method = args.method or block["mode"]
+    if args.select_at and method != "ChildTuning-D":
+        raise ValueError(f"--select-at: expected --method ChildTuning-D, got {method}. Remedy: leave --select-at out.")
     if method == "plain":
         return None
     if method == "ChildTuning-F":  # which refuses ChildTuning-D's keys
@@ -189,7 +193,10 @@ def start_engine(args: Arguments, config: dict[str, Any], model: nn.Module, step
     def linear(step: int) -> float:
         return (step + 1) / (warmup + 1) if step < warmup else max(0.0, (steps - step) / max(1, steps - warmup))
 
-    with ds_childtune.lean_start() if ds_childtune.can_start_lean(config) else nullcontext():
+    lean = (
+        ds_childtune.can_start_lean(config) and not args.select_at
+    )  # a lean engine does not train before the child is chosen
+    with ds_childtune.lean_start() if lean else nullcontext():
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model, config["optimizer"]["params"]["weight_decay"]),
@@ -203,12 +210,12 @@ def start_engine(args: Arguments, config: dict[str, Any], model: nn.Module, step
 
 
 def train(
-    engine: Any, rows: Dataset, collate: Collate, steps: int, args: Arguments, look: Callable[[int], None]
+    engine: Any, rows: Dataset, collate: Collate, steps: int, args: Arguments, between: Callable[[int], None]
 ) -> float:
     """Up to `steps` optimizer steps; this rank takes its slice of every micro-batch. Returns the last loss.
 
     Args:
-        look: called with the number of steps after every `--eval-every` of them, except the last; it may evaluate.
+        between: called with the number of steps so far between any two of them; it may choose a child and evaluate.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     size = engine.train_micro_batch_size_per_gpu()
@@ -232,9 +239,8 @@ def train(
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             if args.checkpoints is not None and (step + 1) % args.save_every == 0:
                 engine.save_checkpoint(str(args.checkpoints))
-            if args.eval_every is not None and (step + 1) % args.eval_every == 0 and step + 1 < steps:
-                look(step + 1)
-                engine.train()
+            if step + 1 < steps:
+                between(step + 1)
     return loss.item()
 
 
@@ -249,31 +255,30 @@ def run(args: Arguments) -> dict[str, Any]:
     data = first_local_rank_first(lambda: load_data(args, tokenizer))
     collate = collator(args.task, tokenizer)
     steps = args.max_steps or step_count(config, len(data.train), args.epochs)
+    if args.select_at >= steps:
+        raise ValueError(
+            f"--select-at: expected fewer than the run's {steps} steps, got {args.select_at}. Remedy: lower it."
+        )
 
     torch.manual_seed(args.seed)
     model = load_model(args, config, data.labels, tokenizer.pad_token_id)
     engine = start_engine(args, config, model, steps)
 
-    child, report, resumed = None, None, None
-    if "child_tuning" in config:
-        child = ds_childtune.attach(engine)
-    if args.checkpoints is not None:
-        resumed, _ = engine.load_checkpoint(str(args.checkpoints))
-    if child is not None:
-        if child.config.mode == "ChildTuning-D" and resumed is None:
-            size = args.calibration_batch_size or engine.train_micro_batch_size_per_gpu()
-            batches = calibration_batches(data.train, collate, size, group_by_length=args.group_by_length)
-            report = child.select(batches, **against_of(data, collate, size, args))
-        else:
-            report = child.report()
-
+    choice = ChildChoice(engine, data, collate, args)
+    resumed = choice.start()
     curve = Curve(engine, data, collate, args)
-    if args.eval_first and resumed is None:
+    if args.eval_first and not resumed:
         curve.look(0)
+
+    def between(step: int) -> None:
+        choice.after(step)
+        curve.after(step)
+
     trained = time.perf_counter()
     looked = curve.seconds
-    train_loss = train(engine, data.train, collate, steps, args, curve.look)
-    seconds = {"training": time.perf_counter() - trained - (curve.seconds - looked)}
+    train_loss = train(engine, data.train, collate, steps, args, between)
+    seconds = {"training": time.perf_counter() - trained - (curve.seconds - looked) - choice.seconds}
+    child, report = choice.child, choice.report
     curve.look(steps)
     metrics, others = curve.points[-1]["metrics"], curve.points[-1]["also"]
     if args.output is not None:
@@ -315,13 +320,6 @@ def run(args: Arguments) -> dict[str, Any]:
     return result
 
 
-def against_of(data: Data, collate: Collate, size: int, args: Arguments) -> dict[str, Any]:
-    """`select`'s general batches, where there are any."""
-    if data.against is None:
-        return {}
-    return {"against": calibration_batches(data.against, collate, size, group_by_length=args.group_by_length)}
-
-
 @dataclass
 class Curve:
     """Evaluations of one run, in the order of steps."""
@@ -339,6 +337,12 @@ class Curve:
         if self.args.kl is not None:
             of = self.data.others[self.args.kl]
             self._base[self.args.kl] = label_logits(self.engine, of, self.collate, self.args.eval_batch_size)
+
+    def after(self, step: int) -> None:
+        """Evaluate every `--eval-every` steps."""
+        if self.args.eval_every is not None and step % self.args.eval_every == 0:
+            self.look(step)
+            self.engine.train()
 
     def look(self, step: int) -> None:
         """Evaluate. A collective."""
@@ -427,7 +431,9 @@ def summary(results: Sequence[dict[str, Any]]) -> Table:
 def main(args: Arguments) -> None:
     """The command: one run, or two to compare."""
     methods = (
-        [replace(args, method="plain", output=None, checkpoints=None, compare=False), args] if args.compare else [args]
+        [replace(args, method="plain", select_at=0, output=None, checkpoints=None, compare=False), args]
+        if args.compare
+        else [args]
     )
     with processes():
         say(summary([run(a) for a in methods]))

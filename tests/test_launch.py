@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,34 @@ def test_adapters_train_in_place_of_weights(pool: RankPool, folder: Path) -> Non
     assert dora["trainable"] == few["trainable"] + 2 * (48 + 16 + 64 + 16)
 
 
+@pytest.mark.parametrize(("config", "resumed"), [("zero3_child_d", (1,)), ("zero3_compact_child_d", (2, 4))])
+def test_a_child_of_adapters(pool: RankPool, folder: Path, config: str, resumed: tuple[int, ...]) -> None:
+    """Chosen after two steps, which train all adapters: then only the child moves. Interrupted before and after it is chosen."""
+    pytest.importorskip("peft")
+    checkpoints, still = folder / f"{config}-adapters", folder / "gpt2-still"
+    shutil.copytree(folder / "gpt2", still, dirs_exist_ok=True)
+    # Without dropout, as a checkpoint of before the child is plain DeepSpeed's, without random states.
+    shape = json.loads((still / "config.json").read_text()) | {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0}
+    (still / "config.json").write_text(json.dumps(shape))
+    lora = {"peft": "lora", "lora_rank": 2, "select_at": 2, "ds_config": ROOT / f"ds_configs/{config}.json"}
+    child = {"method": "ChildTuning-D", "reserve_p": 0.2, "max_steps": 5, "checkpoints": checkpoints, "save_every": 1}
+    given = options(folder, **LANGUAGE, model=str(still), **lora, **child)
+    ended, weights = pool[2].run(finetune_jobs.run_watched, folder, given)[0]
+    assert ended.error == ""
+    assert ended.result["density"] == pytest.approx(0.2, abs=0.01)
+    assert ended.result["seconds"]["fisher"] > 0
+    moved = [{n: old[n] != new[n] for n in old} for old, new in pairwise(weights)]
+    assert all(mask.all() for name, mask in moved[0].items() if "lora_B" in name), (
+        "before the child is chosen all adapters train"
+    )
+    inside = {n: a | b for (n, a), b in zip(moved[1].items(), moved[2].values(), strict=True)}
+    assert sum(int(m.sum()) for m in inside.values()) == round(0.2 * ended.result["trainable"])
+    assert any(mask.any() for name, mask in inside.items() if "lora_A" in name), "A has scores by now"
+    for step in resumed:
+        (checkpoints / "latest").write_text(f"global_step{step}")
+        assert same_training(in_process(pool, folder, **given), ended.result), step
+
+
 def test_bytes_of_a_compact_child(pool: RankPool, folder: Path) -> None:
     """As the second study measures them: masters and two moments for the child's elements only."""
     lm = LANGUAGE | {"model": f"{folder}/gpt2", "ds_config": ROOT / "launch" / "study" / "lm_zero2.json"}
@@ -245,7 +274,9 @@ def test_bytes_of_a_compact_child(pool: RankPool, folder: Path) -> None:
     ("given", "says"),
     [
         ({"selector": "contrast"}, "--selector contrast and --against-file together"),
-        ({"peft": "lora", "method": "ChildTuning-D"}, "Remedy: add --method plain"),
+        ({"select_at": 2, "method": "plain"}, "--select-at: expected --method ChildTuning-D"),
+        ({"select_at": 4, "max_steps": 4}, "--select-at: expected fewer than the run's 4 steps"),
+        ({"select_at": 2, "export": Path("child")}, "Remedy: --output"),
         ({"task": "causal-lm", "kl": "answers"}, "a name among --also-eval"),
     ],
 )

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from tests.support.engines import Weights
+from tests.support.trainers import whole_weights
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["good", "fine", "bad", "poor", "film", "book", "song", "the", "a", "was"]
@@ -70,6 +74,24 @@ class Ended:
 
     result: dict[str, Any]
     error: str
+
+
+def run_watched(folder: Path, given: dict[str, Any]) -> tuple[Ended, list[Weights]]:
+    """A run, and what trains after each of its steps except the last."""
+    seen: list[Weights] = []
+    sys.path.insert(0, str(ROOT / "launch"))
+    from child_choice import ChildChoice
+
+    after = ChildChoice.after
+
+    def watched(choice: ChildChoice, step: int) -> None:
+        weights = whole_weights(choice.engine.module)
+        seen.append({n: weights[n] for n, p in choice.engine.module.named_parameters() if p.requires_grad})
+        after(choice, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ChildChoice, "after", watched)
+        return run(folder, given), seen
 
 
 def run(folder: Path, given: dict[str, Any]) -> Ended:
