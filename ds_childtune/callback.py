@@ -20,8 +20,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from ds_childtune.child.step_numbers import StepNumbers
 from ds_childtune.config import ChildTuningConfig, parse_config
-from ds_childtune.report import Report
 from ds_childtune.selection.loss import LossFunction
 from ds_childtune.tuner import ChildTuner, attach
 from ds_childtune.zero.engine import child_tuning_block, takes_steps, write_events
@@ -70,6 +70,8 @@ class ChildTuningCallback(TrainerCallback):
         """The Trainer's, once it is known."""
         self._waiting: Any = None
         """An engine that trains in full until `select_at`."""
+        self._measures = False
+        """Whether the last step was measured, for the next line of logs."""
         self._logged: dict[str, float] = {}
         """What goes into the next line of logs."""
         self.child = None
@@ -131,6 +133,11 @@ class ChildTuningCallback(TrainerCallback):
             else:
                 self._select(trainer, kwargs.get("train_dataloader"))
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.child is not None and self.child.chosen and _logs_after_next_step(args, state):
+            self.child.measure_next_step()
+            self._measures = True
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._waiting is not None and state.global_step >= self._select_at:
             engine, self._waiting = self._waiting, None
@@ -142,8 +149,12 @@ class ChildTuningCallback(TrainerCallback):
         if logs is None:
             return
         more, self._logged = self._logged, {}
-        if "grad_norm" in logs and self.child is not None and self.child.norm_is_child:
-            more = more | {"child_grad_norm": logs["grad_norm"]}
+        if "loss" in logs and self.child is not None and self.child.chosen:
+            # The Trainer has just read the loss, so the step is over: nothing here waits for the device.
+            of_step = _of_step(self.child, self.child.measured() if self._measures else None, logs.get("grad_norm"))
+            self._measures = False
+            write_events(self.child.engine, of_step)
+            more = more | of_step
         logs.update(more)
         if state.log_history:
             state.log_history[-1].update(more)
@@ -184,18 +195,28 @@ class ChildTuningCallback(TrainerCallback):
         report = self.child.select(_closed(batches), loss_fn, against=_closed(self._against))
         if metrics is not None:
             trainer._metrics = metrics
-        self._logged = _numbers(report)
-        write_events(self.child.engine, self._logged)
+        self._logged = report.numbers()
 
 
-def _numbers(report: Report) -> dict[str, float]:
-    """What a Trainer logs of a child."""
-    return {
-        "child_density": report.density,
-        "child_trained_share": report.trained_share,
-        "child_fisher_seconds": round(report.fisher_seconds, 3),
-        "child_selection_seconds": round(report.selection_seconds, 3),
-    }
+def _logs_after_next_step(args: Any, state: Any) -> bool:
+    """Whether the Trainer will log after the step that begins; where it logs epochs, after any."""
+    step = state.global_step + 1
+    if args.logging_strategy == "steps":
+        return bool(step % state.logging_steps == 0 or (step == 1 and args.logging_first_step))
+    return bool(args.logging_strategy == "epoch")
+
+
+def _of_step(child: ChildTuner, found: StepNumbers | None, grad_norm: float | None) -> dict[str, float]:
+    """What is logged of a step. `grad_norm` is DeepSpeed's, before clipping."""
+    numbers: dict[str, float] = {}
+    share = None if found is None else found.gradient_share
+    if grad_norm is not None and (child.norm_is_child or share is not None):
+        numbers["child_grad_norm"] = grad_norm if child.norm_is_child or share is None else grad_norm * share**0.5
+    if share is not None:
+        numbers["child_grad_share"] = share
+    if found is not None and found.update is not None:
+        numbers["child_update"] = found.update
+    return numbers
 
 
 def _closed(batches: Any) -> Any:

@@ -50,6 +50,16 @@ def max_over_ranks(tensor: Tensor) -> None:
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
 
 
+def to_host(tensor: Tensor) -> tuple[Tensor, Any]:
+    """A copy on the host that nobody has waited for, and the accelerator's event of its arrival; None on a CPU."""
+    copy = tensor.to("cpu", non_blocking=True)
+    if tensor.device.type == "cpu":
+        return copy, None
+    event = get_accelerator().Event()
+    event.record()
+    return copy, event
+
+
 def gather_objects(value: T) -> list[T]:
     """`value` of every rank, on every rank. For small things."""
     values: list[T] = [value] * dist.get_world_size()

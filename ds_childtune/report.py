@@ -88,6 +88,15 @@ class Report:
         """Share of the whole model that trains."""
         return self.trained / self.model_numel if self.model_numel else 1.0
 
+    def numbers(self) -> dict[str, float]:
+        """What is logged of a child that was just chosen."""
+        return {
+            "child_density": self.density,
+            "child_trained_share": self.trained_share,
+            "child_fisher_seconds": round(self.fisher_seconds, 3),
+            "child_selection_seconds": round(self.selection_seconds, 3),
+        }
+
     def __str__(self) -> str:
         masked = [p for p in self.parameters if p.eligible]
         lines = [

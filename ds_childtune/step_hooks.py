@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from ds_childtune.child.compact import CompactChild
 from ds_childtune.child.dense import DenseChild
 from ds_childtune.child.network import ChildNetwork, FixedChild, Group, Stepped
 from ds_childtune.child.self_check import SelfCheck
+from ds_childtune.child.step_numbers import StepMeter, StepNumbers
 from ds_childtune.child.task_free import TaskFreeChild
 from ds_childtune.gathering import KeptCounts
-from ds_childtune.ranks import device, raising_together, sum_over_ranks, tell
+from ds_childtune.ranks import device, raising_together, sum_over_ranks, tell, to_host, world_size
 from ds_childtune.shards import FlatShard
 from ds_childtune.zero import clip, compact_reads
 from ds_childtune.zero.compact_parts import CompactParts
@@ -48,6 +49,13 @@ class StepHooks:
         """On DeepSpeed's objects, for the child that trains."""
         self._stepped: set[Tensor] = set()
         """Flat shards that the base optimizer has stepped in the current applied step."""
+        self._meter: StepMeter | None = None
+        """Of the applied step that is being taken."""
+        self._measures_next = False
+        self._measured: Tensor | None = None
+        """On the host: the sums of the last step that was measured, as soon as `_arrived`."""
+        self._arrived: Any = None
+        """An event of the accelerator; None on a CPU."""
         self._looks_for_thawed = True
         engine, config, shards = attachment.engine, attachment.config, attachment.shards
         base = base_optimizer(engine)
@@ -168,13 +176,23 @@ class StepHooks:
         child.recover()
         stepped = [Stepped(group, self._shards_in(group)) for group in optimizer.param_groups]
         stepped = [each for each in stepped if each.shards]
+        shards = [shard for each in stepped for shard in each.shards]
+        if not self._stepped:  # the first call of this applied step
+            self._meter = self._new_meter(child) if self._measures_next else None
+            self._measures_next = False
+        if self._meter is not None:
+            self._meter.before(shards)
         child.before_step(optimizer, stepped, self.progress.step)
+        if self._meter is not None:
+            self._meter.after_mask(shards)
         if self._fixed is not None and self._self_check is not None and self._self_check.looks:
-            for shard in (shard for each in stepped for shard in each.shards):
+            for shard in shards:
                 self._self_check.before_step(shard, self._fixed)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self.chosen_child().after_step()
+        if self._meter is not None:
+            self._meter.after_step()
         if self._self_check is not None and self._self_check.looks:
             # Adafactor's may be None.
             self._self_check.after_step(max(float(group["lr"] or 0) for group in optimizer.param_groups))
@@ -184,6 +202,41 @@ class StepHooks:
             self._stepped.clear()
             self.progress = replace(self.progress, step=self.progress.step + 1)
             self._judge()
+            self._end_measurement()
+
+    def measure_next_step(self) -> None:
+        """See [Note: numbers of a step]. On every rank, as it makes that step a collective more."""
+        self._measures_next = True
+        self._measured = None
+
+    def measured(self) -> StepNumbers | None:
+        """Of the last step that was measured. Waits for that step only."""
+        if self._measured is None:
+            return None
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return StepNumbers.of(self._measured.tolist())
+
+    def _new_meter(self, child: ChildNetwork) -> StepMeter:
+        config = self._attachment.config
+        return StepMeter(
+            child,
+            self._fixed,
+            self._attachment.shards,
+            reserve_p=config.reserve_p,
+            norm_is_child=child.norm_is_child or config.clip == "child",
+            device=device(),
+        )
+
+    def _end_measurement(self) -> None:
+        if self._meter is not None:
+            if not (self._meter.norm_is_child or self.chosen_child().flat_gradients):
+                norm = clip.handed_norm(self._attachment.engine)
+                if norm is not None:
+                    self._meter.add_whole(norm, world_size())
+            sums, self._meter = self._meter.sums, None
+            sum_over_ranks(sums)
+            self._measured, self._arrived = to_host(sums)
 
     def _judge(self) -> None:
         """Go on with the self-check, or end it. A collective in the few applied steps that are looked at."""

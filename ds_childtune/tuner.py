@@ -17,6 +17,7 @@ from ds_childtune.checkpoint.given import find_child, saved_masks
 from ds_childtune.checkpoint.run_record import Progress
 from ds_childtune.child.network import ChildNetwork
 from ds_childtune.child.optimizer_check import put_back, tried
+from ds_childtune.child.step_numbers import StepNumbers
 from ds_childtune.child_files.export import export_child
 from ds_childtune.child_files.export_info import KIND, refuse_moved_outside
 from ds_childtune.child_files.patches import CheckpointWeightPatch, Only, live_patches
@@ -47,7 +48,13 @@ from ds_childtune.shards import FlatShard, Fragment, mark_eligible
 from ds_childtune.step_hooks import StepHooks
 from ds_childtune.zero.clip import refuse_unsupported_clip
 from ds_childtune.zero.compact_parts import refuse_lean
-from ds_childtune.zero.engine import base_optimizer, child_tuning_block, empty_param_groups, inside_accumulation
+from ds_childtune.zero.engine import (
+    base_optimizer,
+    child_tuning_block,
+    empty_param_groups,
+    inside_accumulation,
+    write_events,
+)
 from ds_childtune.zero.flat_shards import read_flat_shards, read_parameters
 from ds_childtune.zero.layout_check import check_layout
 from ds_childtune.zero.masters import separate_masters, share_masters
@@ -139,6 +146,19 @@ class ChildTuner:
         """Whether `engine.get_global_grad_norm()` is that of the child's gradient, rather than of the whole one."""
         child = self._hooks.child
         return child is not None and (child.norm_is_child or self.config.clip == "child")
+
+    def measure_next_step(self) -> None:
+        """Measure the next applied step: see `measured`. On every rank; it costs a pass over gradients and a small all-reduce."""
+        self._check_attached()
+        self._hooks.measure_next_step()
+
+    def measured(self) -> StepNumbers | None:
+        """How large the child's gradient and update were in the step that was asked for: see [Note: numbers of a step].
+
+        None where it has not been applied, as DeepSpeed skips a step for an overflow. The host waits for that step, if it is still
+        under way, and for nothing else.
+        """
+        return self._hooks.measured()
 
     # ---------------------------------------------------------------- ChildTuning-D
 
@@ -246,6 +266,7 @@ class ChildTuner:
         )
         self._selected = (self._hooks.chosen_child(), report)
         tell(str(report))
+        write_events(self.engine, report.numbers())
         return report
 
     def _select_given(
@@ -265,6 +286,7 @@ class ChildTuner:
         report = replace(self._report_of(self._hooks.kept), selection_seconds=time.perf_counter() - started)
         self._selected = (self._hooks.chosen_child(), report)
         tell(str(report))
+        write_events(self.engine, report.numbers())
         return report
 
     def _fix(self, masks: Iterable[Tensor], threshold: float | None, terms: int) -> None:

@@ -86,7 +86,13 @@ def test_a_stock_trainer_with_one_line(pool: RankPool, tmp_path: Path, stage: in
             assert first["child_density"] == run.report.density, name
             assert first["child_fisher_seconds"] > 0, name
             assert first["child_trained_share"] == run.report.trained_share, name
-            assert ("child_grad_norm" in first) == ("clip" in OPTIONS[name][0]), name
+            of_child = "clip" in OPTIONS[name][0]
+            assert ("child_grad_share" in first) != of_child, name
+            for line in (line for line in run.logs if "loss" in line):
+                share = line.get("child_grad_share", 1.0)
+                assert line["child_grad_norm"] == pytest.approx(line["grad_norm"] * share**0.5), name
+                assert (share == 1.0) == of_child, name
+                assert 0 < line["child_update"] < 1, name
             assert sum("child_density" in line for line in run.logs) == 1, name
 
 
@@ -205,24 +211,29 @@ class Recorder(transformers.TrainerCallback):
         self.seen.append(dict(kwargs["logs"]))
 
 
-def logged(folder: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """By another callback, which was there before ours; and by DeepSpeed's monitor."""
+def logged(folder: str) -> tuple[list[dict[str, Any]], list[str], Run]:
+    """By another callback, which was there before ours; and by DeepSpeed's monitor. One step."""
     monitor = {"enabled": True, "output_path": folder, "job_name": "job"}
     with fresh_accelerate():
-        args = arguments(f"{folder}/out", config(2, D, csv_monitor=monitor))
+        args = arguments(f"{folder}/out", config(2, D, csv_monitor=monitor), max_steps=1)
         recorder, line = Recorder(), ds_childtune.ChildTuningCallback()
-        trainer = transformers.Trainer(tiny_gpt2(), args, train_dataset=rows(40), callbacks=[recorder, line])
+        module = tiny_gpt2()
+        before = whole_weights(module)
+        trainer = transformers.Trainer(module, args, train_dataset=rows(40), callbacks=[recorder, line])
         trainer.train()
-        assert line.child is not None
-        line.child.detach()
+        run = run_of(trainer, line, before)
     dist.barrier()
-    return recorder.seen, sorted(path.name for path in Path(folder).glob("job/*.csv"))
+    return recorder.seen, sorted(path.name for path in Path(folder).glob("job/*.csv")), run
 
 
 def test_loggers_see_the_child(pool: RankPool, tmp_path: Path) -> None:
-    for seen, files in pool[2].run(logged, str(tmp_path)):
+    for seen, files, run in pool[2].run(logged, str(tmp_path)):
         assert 0 < seen[0]["child_density"] < 1
-        assert "Train_child_density.csv" in files
+        numbers = ("density", "trained_share", "fisher_seconds", "grad_norm", "grad_share", "update")
+        assert {f"Train_child_{name}.csv" for name in numbers} <= set(files)
+        moved = sum(float((run.end[n] - run.before[n])[mask].square().sum()) for n, mask in run.masks.items())
+        inside = sum(float(run.before[n][mask].square().sum()) for n, mask in run.masks.items())
+        assert seen[0]["child_update"] == pytest.approx((moved / inside) ** 0.5, rel=1e-4)
 
 
 def accelerated(folder: str) -> tuple[int, int, bool, bool]:

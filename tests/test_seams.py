@@ -131,6 +131,8 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
     "DeepSpeedZeroOptimizer": (
         Setup("odd", stage=2),
         (
+            "_global_grad_norm",
+            "clip_grad",
             "optimizer",
             "single_partition_of_fp32_groups",
             "bit16_groups",

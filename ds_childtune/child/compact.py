@@ -145,6 +145,11 @@ class CompactChild:
         """Whether DeepSpeed sees no other gradient than the child's."""
         return self.parts == "moments, masters and gradients"
 
+    @property
+    def flat_gradients(self) -> bool:
+        """Whether flat shards have the whole gradient when the base optimizer is about to step."""
+        return self.plumbing is None
+
     def before_step(self, optimizer: torch.optim.Optimizer, stepped: Sequence[Stepped], step: int) -> None:
         for each in stepped:
             self._before_group(optimizer, each.group, [self.shards[s.tensor] for s in each.shards])

@@ -42,6 +42,7 @@ class DenseChild:
 
     fixed = True
     norm_is_child = False
+    flat_gradients = True
 
     def __init__(
         self,

@@ -43,6 +43,10 @@ class ChildNetwork(Protocol):
     def norm_is_child(self) -> bool:
         """Whether DeepSpeed sees no gradient except the child's."""
 
+    @property
+    def flat_gradients(self) -> bool:
+        """Whether flat shards have the whole gradient when the base optimizer is about to step."""
+
     def recover(self) -> None:
         """Undo what a step that an exception ended has left behind. Called before each step."""
 

@@ -20,6 +20,7 @@ class TaskFreeChild:
 
     fixed = False
     norm_is_child = False
+    flat_gradients = True
 
     def __init__(
         self, shards: Sequence[FlatShard], optimizer: torch.optim.Optimizer, *, seed: int, reserve_p: float

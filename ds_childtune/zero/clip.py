@@ -35,6 +35,15 @@ def refuse_unsupported_clip(engine: Any) -> None:
         )
 
 
+def handed_norm(engine: Any) -> Tensor | None:
+    """The norm of the whole gradient after clipping, in a step of ZeRO 1 or 2; None where DeepSpeed takes none."""
+    optimizer = engine.optimizer
+    if optimizer._global_grad_norm is None:
+        return None
+    norm, most = torch.as_tensor(optimizer._global_grad_norm), optimizer.clip_grad
+    return norm * (most / (norm + 1e-6)).clamp(max=1.0) if most > 0 else norm
+
+
 class NormOfChild:
     """Mask gradients before the norm, on one engine and for one child, until `remove`."""
 
