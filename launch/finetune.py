@@ -6,9 +6,9 @@
     deepspeed launch/finetune.py --task regression --train-file stsb.jsonl --eval-file stsb-dev.jsonl --method plain
 
 It reads from top to bottom: DeepSpeed config, model, training, one run from data to scores, results. Beside it are its options
-(arguments.py), ranks (processes.py), data (text_data.py, chat_data.py), the child (child_choice.py) and scores (evaluation.py).
-Another script can have the same job without the command line: `with processes(): run(Arguments(...))`, or only `run(...)` where
-there is a process group.
+(arguments.py), ranks (processes.py), data (text_data.py, chat_data.py), the child (child_choice.py), scores (evaluation.py) and
+memory (memory_use.py). Another script can have the same job without the command line: `with processes(): run(Arguments(...))`, or
+only `run(...)` where there is a process group.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from datasets import Dataset
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from evaluation import Logits, evaluate, label_logits
+from memory_use import optimizer_bytes, peak_bytes, tensor_bytes
 from processes import first_local_rank_first, processes, together
 from rich.console import Console
 from rich.table import Table
@@ -279,6 +280,7 @@ def run(args: Arguments) -> dict[str, Any]:
     train_loss = train(engine, data.train, collate, steps, args, between)
     seconds = {"training": time.perf_counter() - trained - (curve.seconds - looked) - choice.seconds}
     child, report = choice.child, choice.report
+    held = tensor_bytes()
     curve.look(steps)
     metrics, others = curve.points[-1]["metrics"], curve.points[-1]["also"]
     if args.output is not None:
@@ -300,6 +302,8 @@ def run(args: Arguments) -> dict[str, Any]:
         "train_loss": train_loss,
         "density": report.density if report else 1.0,
         "optimizer_bytes": optimizer_bytes(engine),
+        "tensor_bytes": held,
+        "peak_bytes": peak_bytes(),
         "trainable": sum(int(getattr(p, "ds_numel", p.numel())) for p in engine.module.parameters() if p.requires_grad),
         "steps": steps,
         "train_examples": len(data.train),
@@ -354,16 +358,6 @@ class Curve:
 
     def _of(self, rows: Dataset, base: Logits | None = None) -> dict[str, float]:
         return evaluate(self.engine, self.args.task, rows, self.collate, self.args.eval_batch_size, base)
-
-
-def optimizer_bytes(engine: Any) -> int:
-    """Of the tensors that this rank's base optimizer has stepped, and of their moments."""
-    bytes_ = 0
-    for stepped, state in engine.basic_optimizer.state.items():
-        moments = [v for v in state.values() if torch.is_tensor(v) and v.dim()]
-        # A compact child's flat shard keeps an entry without moments.
-        bytes_ += sum(t.numel() * t.element_size() for t in ([stepped, *moments] if moments else []))
-    return bytes_
 
 
 def step_count(config: dict[str, Any], examples: int, epochs: float) -> int:
