@@ -71,6 +71,10 @@ class Arguments:
     weight_decay: Annotated[float | None, _help("Not applied to biases and norms.")] = None
     batch_size: Annotated[int | None, _help("Examples per rank and micro-step.")] = None
     gradient_accumulation: Annotated[int | None, _help("Micro-steps in a step.")] = None
+    r_drop: Annotated[float | None, _help("classification: R-Drop with this weight.")] = None
+    layer_decay: Annotated[
+        float | None, _help("Every block's learning rate is so many times that of the one above it.")
+    ] = None
     group_by_length: Annotated[
         bool, _help("Put examples of about the same length into a batch: less padding, another order.")
     ] = False
@@ -113,6 +117,8 @@ class Arguments:
             ("save_every", self.save_every),
             ("eval_every", self.eval_every),
             ("lora_rank", self.lora_rank),
+            ("r_drop", self.r_drop),
+            ("layer_decay", self.layer_decay),
         ):
             if positive is not None and positive <= 0:
                 raise ValueError(f"--{name.replace('_', '-')}: expected more than 0, got {positive}.")
@@ -127,6 +133,10 @@ class Arguments:
             raise ValueError(
                 "--export: expected a child outside of which nothing has moved since the base model, got one chosen at step"
                 f" {self.select_at} (--select-at). Remedy: --output, which writes the whole model, or with --peft the adapters."
+            )
+        if self.r_drop is not None and self.task != "classification":
+            raise ValueError(
+                f"--r-drop: expected --task classification, whose outputs are classes, got {self.task}. Remedy: leave it out."
             )
         if self.packing and self.task != "causal-lm":
             raise ValueError(

@@ -6,9 +6,9 @@
     deepspeed launch/finetune.py --task regression --train-file stsb.jsonl --eval-file stsb-dev.jsonl --method plain
 
 It reads from top to bottom: DeepSpeed config, model, training, one run from data to scores, results. Beside it are its options
-(arguments.py), ranks (processes.py), data (text_data.py, chat_data.py), the child (child_choice.py), scores (evaluation.py) and
-memory (memory_use.py). Another script can have the same job without the command line: `with processes(): run(Arguments(...))`, or
-only `run(...)` where there is a process group.
+(arguments.py), ranks (processes.py), data (text_data.py, chat_data.py), the child (child_choice.py), R-Drop and rates by layer
+(techniques.py), scores (evaluation.py) and memory (memory_use.py). Another script can have the same job without the command line:
+`with processes(): run(Arguments(...))`, or only `run(...)` where there is a process group.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from memory_use import optimizer_bytes, peak_bytes, tensor_bytes
 from processes import first_local_rank_first, processes, together
 from rich.console import Console
 from rich.table import Table
+from techniques import layer_wise, r_drop_loss
 from text_data import Collate, Data, collator, load_data, package, to_device, training_batches
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -194,13 +195,17 @@ def start_engine(args: Arguments, config: dict[str, Any], model: nn.Module, step
     def linear(step: int) -> float:
         return (step + 1) / (warmup + 1) if step < warmup else max(0.0, (steps - step) / max(1, steps - warmup))
 
-    lean = (
-        ds_childtune.can_start_lean(config) and not args.select_at
-    )  # a lean engine does not train before the child is chosen
+    groups = parameter_groups(model, config["optimizer"]["params"]["weight_decay"])
+    if args.layer_decay is not None:
+        groups = layer_wise(
+            groups, dict(model.named_parameters()), config["optimizer"]["params"]["lr"], args.layer_decay
+        )
+    # A lean engine does not train before the child is chosen.
+    lean = ds_childtune.can_start_lean(config) and not args.select_at
     with ds_childtune.lean_start() if lean else nullcontext():
         engine, *_ = deepspeed.initialize(
             model=model,
-            model_parameters=parameter_groups(model, config["optimizer"]["params"]["weight_decay"]),
+            model_parameters=groups,
             config=config,
             lr_scheduler=None if "scheduler" in config else lambda optimizer: LambdaLR(optimizer, linear),
         )
@@ -232,7 +237,8 @@ def train(
         for step in range(done, steps):
             for _ in range(engine.gradient_accumulation_steps()):
                 mine = next(micro_batches)[rank * size : (rank + 1) * size]
-                loss = engine(**to_device(collate([rows[i] for i in mine]), engine)).loss
+                batch = to_device(collate([rows[i] for i in mine]), engine)
+                loss = engine(**batch).loss if args.r_drop is None else r_drop_loss(engine, batch, args.r_drop)
                 engine.backward(loss)
                 engine.step()
             bar.update()
