@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ from tests.support.study_jobs import (
     study_grid,
     study_regime,
     study_report,
+    study_together,
 )
 
 
@@ -93,11 +95,97 @@ def test_the_page_shows_the_committed_results_and_no_others() -> None:
     assert shown == expected
 
 
-def test_the_second_study_s_results_are_of_its_grid() -> None:
+SECOND = {
+    "lm": ("tuning", "forgetting"),
+    "regime": ("spread",),
+    "bytes_glue": ("tuning", "report"),
+    "flipped": ("spread",),
+    "regime_cola": ("spread",),
+    "together": ("together",),
+}
+"""The second study's grids, and what study.py prints of each, in the order of the pages."""
+PAGES_OF = {"together": "combining.md"}
+"""The others are on evidence_2.md."""
+
+
+def printed(name: str, views: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Of what study.py prints of a grid's results, the lines that a page shows; of a table without rows nothing."""
+    grid_file, results = ROOT / "launch" / "study" / f"{name}.yaml", folder / f"{name}.jsonl"
+    blocks = []
+    for view in views:
+        capsys.readouterr()
+        getattr(study, view)(grid_file, results, **({"markdown": True} if view == "report" else {}))
+        blocks += [block.splitlines() for block in capsys.readouterr().out.split("\n\n")]
+    whole_ = [block for block in blocks if not (block[0].startswith("| ") and len(block) == 2)]
+    return [line for line in itertools.chain.from_iterable(whole_) if is_result(line)]
+
+
+def is_result(line: str) -> bool:
+    return line.startswith(("| ", "- Part ")) or "tuning included" in line
+
+
+def shown(page: str) -> list[str]:
+    """A page's lines of results: tables of runs, verdicts, and how long it took."""
+    return [line for line in page.splitlines() if is_result(line)]
+
+
+@pytest.mark.parametrize("page", ["evidence_2.md", "combining.md"])
+def test_the_second_study_s_pages_show_its_results_and_no_others(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """After "## Results". A grid without a file has not run."""
+    folder = ROOT / "docs" / "evidence"
+    expected = []
+    for name, views in SECOND.items():
+        if PAGES_OF.get(name, "evidence_2.md") == page and (folder / f"{name}.jsonl").exists():
+            expected += printed(name, views, folder, capsys)
+    text = (ROOT / "docs" / page).read_text().partition("\n## Results\n")[2].partition("\n## ")[0]
+    assert shown(text) == expected
+
+
+@pytest.mark.parametrize("seeds", [0, 1, 2])
+def test_views_of_few_runs_are_complete(seeds: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No seed: no table. One: means without intervals."""
+    of = study_grid.read_grid(ROOT / "launch" / "study" / "together.yaml")
+    jobs = [study_grid.Job("mrpc", "vanilla", 1 + seed, 0.0001, 1000) for seed in range(seeds)]
+    write(tmp_path / "together.jsonl", [line(of, job, 0.5 + 0.1 * job.seed) for job in jobs])
+    lines = printed("together", SECOND["together"], tmp_path, capsys)
+    assert lines[-1] == f"{seeds} runs, tuning included, {seeds / 3600:.1f} hours of run time"
+    if seeds:
+        mean = {1: "60.00", 2: "65.00 ± 7.07"}[seeds]
+        assert lines[2] == f"| vanilla | 0.0001 | {seeds} | {mean} |  | 0 |  | 0 |  |  |"
+    assert len(lines) == (4 if seeds else 1)
+
+
+def test_the_scores_that_rates_are_chosen_by() -> None:
+    lines = whole(grid(), {"vanilla": [0.5], "D": [0.5]})
+    rows = study_report.tuning_rows(grid(), [r for r in lines if not (r["method"] == "D" and r["lr"] == 2e-4)])
+    assert rows == [
+        ["t (accuracy)", "all", "vanilla", "0.0001: 0.0001, 0.0002: 0.0002", "0.0002"],
+        ["t (accuracy)", "all", "D", "0.0001: 0.0001, 0.0002: not run", ""],
+    ]
+
+
+def test_each_technique_with_a_child_and_without() -> None:
+    methods = {"a": {"lr": 1e-4}, "a + D": {"lr": 2e-4}, "b": {"lr": 1e-4}}
+    of = grid(methods=methods)
+    scores = {"a": [0.5, 0.6, 0.7], "a + D": [0.52, 0.6, 0.74], "b": [0.1]}
+    lines = [
+        line(of, study_grid.Job("t", method, i + 1, methods[method]["lr"]), score)
+        for method, of_seeds in scores.items()
+        for i, score in enumerate(of_seeds)
+    ]
+    (row,) = study_together.rows(of, lines)
+    # Differences of 2, 0 and 4 have a standard deviation of 2; t of two degrees of freedom is 4.303.
+    interval = f"{2 - 4.303 * 2 / 3**0.5:+.2f} .. {2 + 4.303 * 2 / 3**0.5:+.2f}"
+    assert row == ["a", "0.0001", "3", "60.00 ± 10.00", "0.0002", "3", "62.00 ± 11.14", "3", "+2.00", interval]
+
+
+def test_the_second_study_s_results_are_of_its_grids() -> None:
     """Else the queue could not go on from them: its YAML files are as they were when its runs were made."""
-    ours = study_grid.read_grid(ROOT / "launch" / "study" / "lm.yaml")
-    path = ROOT / "docs" / "evidence" / "lm.jsonl"
-    assert len(study_grid.read_results(path, ours)) == len(path.read_text().splitlines())
+    for name in SECOND:
+        path = ROOT / "docs" / "evidence" / f"{name}.jsonl"
+        if path.exists():
+            ours = study_grid.read_grid(ROOT / "launch" / "study" / f"{name}.yaml")
+            assert len(study_grid.read_results(path, ours)) == len(path.read_text().splitlines())
 
 
 def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from grid import Grid, Job, Options, job_of, reported_jobs
+from grid import Grid, Job, Options, best_lr, job_of, reported_jobs, tried
 
 HEADER = [
     "task",
@@ -92,6 +92,24 @@ def rows(grid: Grid, results: Sequence[Options]) -> list[list[str]]:
                     *[""] * (2 - len(intervals)),
                 ]
             )
+    return table
+
+
+TUNING_HEADER = ["task", "examples", "method", "score on the tuning seed at each rate", "chosen"]
+
+
+def tuning_rows(grid: Grid, results: Sequence[Options]) -> list[list[str]]:
+    """The scores that rates are chosen by, a row for each method of which a tuning run has ended, as `TUNING_HEADER` says."""
+    best, scores = best_lr(grid, results), {job_of(r): r["metrics"] for r in results}
+    table = []
+    for task, limit, method in itertools.product(grid.tasks, grid.train_limits, grid.methods):
+        metric, rates = grid.tasks[task].metric, tried(grid, method)
+        at = {lr: scores.get(Job(task, method, grid.tuning.seed, lr, limit)) for lr in rates}
+        if any(at.values()):
+            shown = ", ".join(f"{lr:g}: {of[metric]:.4f}" if of else f"{lr:g}: not run" for lr, of in at.items())
+            chosen = best.get((task, limit, method))
+            size = "all" if limit is None else str(limit)
+            table.append([f"{task} ({metric})", size, method, shown, "" if chosen is None else f"{chosen:g}"])
     return table
 
 

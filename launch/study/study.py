@@ -33,6 +33,7 @@ from typing import Annotated, Any
 
 import curves
 import regime
+import together as part_c
 import typer
 import verdicts
 from grid import (
@@ -51,7 +52,7 @@ from grid import (
     tuning_jobs,
 )
 from one_job import check_data, command_of, environment_of, options_of
-from report import HEADER, draw, rows
+from report import HEADER, TUNING_HEADER, draw, rows, tuning_rows
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -276,6 +277,26 @@ def spread(
     print(f"\n{_hours(results)}")
 
 
+def together(
+    grid_file: Annotated[Path, typer.Argument(help="YAML file of the grid, together.yaml.")],
+    results_file: Annotated[Path, typer.Argument(help="Its results.")],
+) -> None:
+    """Print part C's table in Markdown: each technique by itself, and with a child."""
+    grid = read_grid(grid_file)
+    results = read_results(results_file, grid)
+    _print_markdown([part_c.HEADER, *part_c.rows(grid, results)])
+    print(f"\n{_hours(results)}")
+
+
+def tuning(
+    grid_file: Annotated[Path, typer.Argument(help="YAML file of the grid.")],
+    results_file: Annotated[Path, typer.Argument(help="Its results.")],
+) -> None:
+    """Print in Markdown the scores that learning rates are chosen by."""
+    grid = read_grid(grid_file)
+    _print_markdown([TUNING_HEADER, *tuning_rows(grid, read_results(results_file, grid))])
+
+
 def _print_markdown(rows_: list[list[str]]) -> None:
     print("\n".join(f"| {' | '.join(row)} |" for row in [rows_[0], ["---"] * len(rows_[0]), *rows_[1:]]))
 
@@ -309,4 +330,6 @@ if __name__ == "__main__":
     app.command()(report)
     app.command()(forgetting)
     app.command()(spread)
+    app.command()(together)
+    app.command()(tuning)
     app()

@@ -14,8 +14,9 @@ import one_job  # noqa: E402
 import regime as study_regime  # noqa: E402
 import report as study_report  # noqa: E402
 import study  # noqa: E402
+import together as study_together  # noqa: E402
 
-__all__ = ["one_job", "study", "study_grid", "study_regime", "study_report"]
+__all__ = ["one_job", "study", "study_grid", "study_regime", "study_report", "study_together"]
 
 SENTENCES = {"metric": "accuracy", "text_columns": "a,b", "hub": {"data": "somebody/pairs"}}
 
