@@ -29,6 +29,7 @@ from ds_childtune.commands.children import (
     inspect_command,
     merge_command,
 )
+from ds_childtune.commands.output import show_json
 from ds_childtune.commands.planning import plan_command
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -43,12 +44,21 @@ app.command("convert")(convert_command)
 
 
 def main() -> None:
-    """Errors that have a remedy are printed without a traceback, with exit code 1."""
+    """Errors that have a remedy are printed without a traceback, with exit code 1; after --json as a json object."""
+    as_json = "--json" in sys.argv[1:]
     try:
-        app()
-    except (ValueError, NotImplementedError, RuntimeError) as error:
-        Console(stderr=True).print(f"ds_childtune: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(1)
+        # Left to itself, typer prints what is wrong with a command's words in a box.
+        sys.exit(app(standalone_mode=not as_json))
+    except Exception as error:
+        words = getattr(error, "format_message", None)  # of a usage error: click's, or of typer's copy of click
+        if words is None and not isinstance(error, (ValueError, NotImplementedError, RuntimeError)):
+            raise
+        if as_json:
+            message = str(error) if words is None else words()
+            show_json({"error": {"type": type(error).__name__, "message": message}})
+        else:
+            Console(stderr=True).print(f"ds_childtune: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(getattr(error, "exit_code", 1))
 
 
 if __name__ == "__main__":

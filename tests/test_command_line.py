@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import ds_childtune
-from ds_childtune.__main__ import app
+from ds_childtune.__main__ import app, main
 from ds_childtune.checkpoint.given import locate_child
 from ds_childtune.child_files.export_info import ExportInfo
 from ds_childtune.child_files.fingerprint import bits
@@ -216,6 +217,55 @@ def test_wrong_files_are_said_in_a_line(tmp_path: Path, bert: Path) -> None:
         assert isinstance(error, ValueError), words
         assert "Remedy: " in str(error)
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "kind", "says"),
+    [
+        (["check", "none.json"], 1, "ValueError", "Remedy: correct the path or the file"),
+        (["inspect", "none"], 1, "ChildFileError", "none"),
+        (["plan"], 2, "MissingParameter", "Missing argument"),
+        (["chekc", "none.json"], 2, "UsageError", "chekc"),
+    ],
+)
+def test_errors_are_json_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    words: list[str],
+    code: int,
+    kind: str,
+    says: str,
+) -> None:
+    """One object on stdout and nothing else anywhere, with the exit code that there is without."""
+    monkeypatch.chdir(tmp_path)
+    for more in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["ds_childtune", *words, *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == code
+        printed = capsys.readouterr()
+        if not more:
+            assert printed.out == ""
+            assert says in printed.err
+            continue
+        assert printed.err == ""
+        error = json.loads(printed.out)["error"]
+        assert error["type"] == kind
+        assert says in error["message"]
+
+
+def test_json_keeps_the_exit_codes_of_answers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    onebit = {"optimizer": {"type": "OneBitAdam", "params": {"lr": 1e-4}}, "zero_optimization": {"stage": 0}}
+    refused = written(tmp_path, CONFIG | onebit, "refused")
+    for config, code in ((written(tmp_path, CONFIG), None), (refused, 1)):
+        monkeypatch.setattr(sys, "argv", ["ds_childtune", "check", str(config), "--json"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == code
+        assert json.loads(capsys.readouterr().out)["works"] is (code is None)
 
 
 # ---------------------------------------------------------------- a config and its engine agree
