@@ -20,7 +20,7 @@ from ds_childtune.child.optimizer_check import put_back, tried
 from ds_childtune.child.step_numbers import StepNumbers
 from ds_childtune.child_files.export import export_child
 from ds_childtune.child_files.export_info import KIND, refuse_moved_outside
-from ds_childtune.child_files.patches import CheckpointWeightPatch, Only, live_patches
+from ds_childtune.child_files.patches import CheckpointWeightPatch, Only, live_patches, pieces_of
 from ds_childtune.child_files.reader import open_child
 from ds_childtune.config import ChildTuningConfig, FisherConfig, parse_config
 from ds_childtune.gathering import KeptCounts, gather
@@ -366,13 +366,15 @@ class ChildTuner:
         masks = ((f, child.child_mask(s, f, self.step)) for s in self.attachment.shards for f in s.fragments)
         export_child(Path(path), self.engine.module, masks, self.config.model_dump(mode="json"), self.step)
 
-    def patches(self, *, since: str | Path | None = None, only: Only | None = None) -> Iterator[CheckpointWeightPatch]:
+    def patches(
+        self, *, since: str | Path | Iterable[CheckpointWeightPatch] | None = None, only: Only | None = None
+    ) -> Iterator[CheckpointWeightPatch]:
         """The child as an inference server takes it, on every rank, tensor after tensor: see [Note: patches] in patches.py.
 
         Each `next` is a collective: every rank goes through all of them, or wraps this in a list.
 
         Args:
-            since: an earlier `export` of this child: only what has changed since is sent.
+            since: an earlier `export` of this child, or all patches that were made of it then: only what has changed is sent.
             only: "whole": dense patches of the tensors that train in full; "partial": sparse ones of the others.
                 None: sparse patches of all.
 
@@ -387,12 +389,15 @@ class ChildTuner:
                 if fragment.counted:
                     fragments.setdefault(fragment.name, []).append((shard, fragment))
         with raising_together():
-            before = None if since is None else open_child(since, kind=KIND)
+            if since is None or not isinstance(since, (str, Path)):
+                before = None if since is None else pieces_of(since)
+            else:
+                before = open_child(since, kind=KIND).read
         return live_patches(
             self.engine.module,
             list(self.attachment.parameters.by_name),
             lambda name: [(f, child.child_mask(s, f, self.step)) for s, f in fragments.get(name, ())],
-            None if before is None else before.read,
+            before,
             only,
         )
 

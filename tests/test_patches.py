@@ -132,6 +132,7 @@ def publish(setup: Setup, folder: str, optimizer_state: str) -> dict[str, Patche
             child.export(f"{folder}/v{version}")
             made[f"v{version}"] = list(child.patches())
         made["since"] = list(child.patches(since=f"{folder}/v1"))
+        made["since, in memory"] = list(child.patches(since=made["v1"]))
         made["whole"] = list(child.patches(only="whole"))
         made["partial"] = list(child.patches(only="partial"))
         return made
@@ -171,6 +172,7 @@ def test_patches_and_versions_give_the_tuned_model(pool: RankPool, setup: Setup,
         assert alike(one[kind], other[kind]), "ranks have made other patches"
     for version, export in exports.items():
         assert alike(one[version], list(export.patches()))
+    assert alike(one["since"], one["since, in memory"])
     assert alike(one["since"], list(exports["v2"].patches(since=exports["v1"])))
     assert alike(one["whole"], list(exports["v2"].patches(only="whole")))
 
@@ -256,6 +258,21 @@ def test_what_a_sparse_patch_cannot_hold_is_refused() -> None:
 
 
 # ---------------------------------------------------------------- what cannot be converted
+
+
+def test_earlier_patches_have_to_be_all(pool: RankPool) -> None:
+    for said in pool[1].run(since_some):
+        assert "Remedy: leave `since` out" in said
+
+
+def since_some() -> str:
+    with engine_of(SETUPS[0]) as engine:
+        child = ds_childtune.attach(engine, {"mode": "ChildTuning-D", "reserve_p": 0.3, "selector": "random"})
+        child.select()
+        with pytest.raises(ValueError, match="since") as error:
+            list(child.patches(since=list(child.patches())[1:]))
+        child.detach()
+    return str(error.value)
 
 
 @pytest.fixture(scope="module")

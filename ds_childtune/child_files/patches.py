@@ -71,6 +71,21 @@ def patch_of(
     return CheckpointWeightPatch(entry.name, entry.shape, values.dtype, values, index)
 
 
+def pieces_of(patches: Iterable[CheckpointWeightPatch]) -> Callable[[str], Piece]:
+    """Earlier patches of a whole child, as what `live_patches` compares with. A tensor without a patch had nothing in the child."""
+    by_name = {patch.name: patch for patch in patches}
+
+    def piece(name: str) -> Piece:
+        patch = by_name.get(name)
+        if patch is None:
+            return Piece(name, 0, 0, _indices(0), {"values": torch.empty(0)})
+        numel = torch.Size(patch.shape).numel()
+        whole = patch.values.numel() == numel
+        return Piece(name, 0, numel, None if whole else patch.indices, {"values": patch.values})
+
+    return piece
+
+
 def live_patches(
     model: nn.Module,
     names: Sequence[str],
