@@ -92,6 +92,11 @@ class ChildTuningConfig(_Block):
     gradient, as in the original code, or of the child's. Null is `dense` where gradients are clipped. Where they are not, a
     compact child at ZeRO-3 keeps only its own gradient, so that only its norm is known."""
 
+    sends: Literal["child", "whole"] = "child"
+    """`optimizer_state` `compact`, ZeRO-1 to 3: what ranks send. `child`: only the child, where its gradients are all that is kept.
+    Every rank then keeps every rank's mask: at ZeRO-3 an eighth of a byte for each element of the model, at most; at ZeRO-1 and 2
+    four bytes for each element of the child. `whole`: whole gradients, as plain DeepSpeed, and no masks of others."""
+
     compat: Literal["original"] | None = None
     """`original`: with ChildTuning-D, weight decay moves the elements outside the child too, as in the original code."""
 
@@ -109,7 +114,7 @@ class ChildTuningConfig(_Block):
     @model_validator(mode="after")
     def _keys_of_the_other_mode(self) -> Self:
         if self.mode == "ChildTuning-F":
-            for key in ("others", "selector", "clip", "compat", "fisher"):
+            for key in ("others", "selector", "clip", "sends", "compat", "fisher"):
                 if key in self.model_fields_set:
                     raise ValueError(
                         f'{key} has no effect with mode "ChildTuning-F": remove it, or use mode "ChildTuning-D"'
@@ -123,6 +128,8 @@ class ChildTuningConfig(_Block):
                 'optimizer_state "compact" leaves nothing that weight decay could move outside the child, as compat'
                 ' "original" asks: remove one of them'
             )
+        if "sends" in self.model_fields_set and self.optimizer_state == "dense":
+            raise ValueError('sends has no effect with optimizer_state "dense": remove it, or use "compact"')
         if self.include == ():
             raise ValueError("include is an empty list, so nothing would be eligible: add patterns, or remove the key")
         return self

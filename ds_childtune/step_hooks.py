@@ -92,16 +92,22 @@ class StepHooks:
             RuntimeError, NotImplementedError: on every rank, where it cannot be made; the child so far then trains on.
         """
         counts = KeptCounts(self._attachment.parameters.by_name)
+        config = self._attachment.config
+        compact = None
+        if config.optimizer_state == "compact":
+            compact = CompactParts.of(self._attachment.engine, config.clip, config.sends)
         with raising_together():  # memory may be short on one rank only
-            child = self._made(self._counted(masks, counts))
+            child = self._made(self._counted(masks, counts), compact)
         self._take_back_overrides()
         child.take_over()
+        if compact is not None:
+            tell(f"compact: {compact}")
         self.child = self._fixed = child
         self._shard_of = {s.tensor: s for s in self._attachment.shards}
         self._shard_of |= {s.tensor: s.flat for s in child.shards.values()}
         self._override(child)
         # The original lets weight decay move what is outside the child: there is nothing to check then.
-        self._self_check = SelfCheck() if self._attachment.config.compat is None else None
+        self._self_check = SelfCheck() if config.compat is None else None
         self.kept = counts.over_ranks()
 
     def _counted(self, masks: Iterable[Tensor], counts: KeptCounts) -> Iterator[Tensor]:
@@ -110,14 +116,12 @@ class StepHooks:
                 counts.add(fragment, fragment.of(mask))
             yield mask
 
-    def _made(self, masks: Iterable[Tensor]) -> FixedChild:
+    def _made(self, masks: Iterable[Tensor], compact: CompactParts | None) -> FixedChild:
         """A child, beside the one that trains so far."""
-        engine, config, shards = self._attachment.engine, self._attachment.config, self._attachment.shards
-        base, behaviour = base_optimizer(engine), self._attachment.behaviour
-        if config.optimizer_state == "dense":
+        config, shards = self._attachment.config, self._attachment.shards
+        base, behaviour = base_optimizer(self._attachment.engine), self._attachment.behaviour
+        if compact is None:
             return DenseChild(shards, masks, base, behaviour, decay_outside=config.compat == "original")
-        compact = CompactParts.of(engine, config.clip)
-        tell(f"compact: {compact.text}")
         previous = cast("CompactChild | None", self.child)  # as the config says
         return CompactChild.made(shards, masks, base, compact.plumbing, previous, behaviour.rest_values)
 

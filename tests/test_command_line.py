@@ -298,7 +298,7 @@ def test_a_config_is_read_as_its_engine_is(pool: RankPool) -> None:
     for name, (settings, text) in found.items():
         expected = Settings.of_config(ConfigReading(SETUPS[name].config()))
         assert expected == settings, name
-        assert compact_parts(expected, None)[1] == text, name
+        assert compact_parts(expected, None).text == text, name
 
 
 # ---------------------------------------------------------------- plan
@@ -373,9 +373,18 @@ def test_plan_by_hand(llama_folder: Path) -> None:
     density = round(0.1 * sum(sizes)) / sum(sizes)
     inside = round(sum(density * -(-n // 4) for n in sizes))
     assert (child["masters"], child["moments"], child["gradients"]) == (4 * inside, 8 * inside, 2 * inside)
-    assert child["child"] == 8 * inside, "an index, and places: every partition has few"
-    assert child["buckets"] == plain["buckets"] == 2 * 500_000_000
-    assert found["child"]["sent_per_step"] == found["plain"]["sent_per_step"]
+    masks = sum(4 * math.ceil(math.ceil(n / 4) / 8) for n in sizes)
+    assert child["child"] == 4 * inside + masks, "an index, and a bit for each element of the model"
+    assert (child["buckets"], plain["buckets"]) == (0, 2 * 500_000_000)
+    sent, whole = found["child"]["sent_per_step"], found["plain"]["sent_per_step"]
+    assert sent == {"gradients": round(0.75 * 2 * round(0.1 * sum(sizes))), "weights": whole["weights"]}
+    assert whole["gradients"] == round(0.75 * 2 * sum(sizes))
+    alone = answer("plan", llama_folder, "--world-size", 1, "--reserve-p", 0.1, "--include", "*")
+    kept = alone["child"]["phases"]["steps"]["kept"]
+    assert kept["child"] == 8 * round(0.1 * sum(sizes)), (
+        "an index, and places: every partition has few; nothing is sent"
+    )
+    assert kept["buckets"] == 2 * 500_000_000
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 64, 4096])

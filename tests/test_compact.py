@@ -29,9 +29,13 @@ def test_compact_is_bitwise_the_dense_hook_path(pool: RankPool, name: str) -> No
 
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_other_world_sizes(pool: RankPool, world_size: int) -> None:
-    """At 4 ranks most of them hold nothing of a parameter, and some nothing of a sub-group's child."""
+    """At 4 ranks most of them hold nothing of a parameter, and some nothing of a sub-group's child.
+
+    In which order a collective adds four ranks depends on where an element lies in the bucket: equal to the last bits.
+    """
     case = CASES["zero3-odd"]
-    check(case, pool[world_size].run(run, case, "dense"), pool[world_size].run(run, case, "compact"))
+    dense, compact = (pool[world_size].run(run, case, state) for state in ("dense", "compact"))
+    check(case, dense, compact, bitwise=world_size <= 2)
 
 
 @pytest.mark.parametrize("clip", [None, "dense"], ids=["compact masters", "compact moments"])

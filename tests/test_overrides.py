@@ -125,7 +125,8 @@ EVERYWHERE = {
 WITH_ZERO = {"engine._copy_recovery_script", "engine._load_zero_checkpoint"}
 COMPACT = {"mode": "ChildTuning-D", "reserve_p": 0.3, "optimizer_state": "compact"}
 THREE = Setup("odd", stage=3, sub_group_size=20)
-STEPS_3 = {"partition_grads", "_prepare_fp32_grad_for_sub_group"}
+STEPS_3 = {"_prepare_fp32_grad_for_sub_group", "_get_fp32_grad_state_partition"}
+SENDING_3 = STEPS_3 | {"independent_gradient_partition_epilogue", "zero_grad", "_pre_step"}
 READS_3 = {
     "_get_fp32_opt_state_partition",
     "_restore_from_bit16_weights",
@@ -168,12 +169,21 @@ def case(setup: Setup, child: dict[str, Any], extended: set[str], replaced: set[
 DEEP_3 = case(
     THREE,
     {},
-    STEPS_3 | {"_get_fp32_grad_state_partition"},
-    READS_3 | PASS_3 | {"_reassign_or_swap_out_partitioned_parameters", "fp32_partitioned_groups_flat"},
+    SENDING_3,
+    READS_3
+    | PASS_3
+    | {"_reassign_or_swap_out_partitioned_parameters", "fp32_partitioned_groups_flat"}
+    | {"reduce_independent_p_g_buckets_and_remove_grads"},
 )
 CASES = {
     "zero3": DEEP_3,
     "zero3-lean": replace(DEEP_3, setup=replace(THREE, lean=True)),
+    "zero3-whole": case(
+        THREE,
+        {"sends": "whole"},
+        STEPS_3 | {"partition_grads"},
+        READS_3 | PASS_3 | {"_reassign_or_swap_out_partitioned_parameters", "fp32_partitioned_groups_flat"},
+    ),
     "zero3-dense-clip": case(
         replace(THREE, clip=0.1),
         {"optimizer_state": "dense", "clip": "child"},

@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor
 
 import ds_childtune
-from tests.support.compact_runs import BASE, FROM_START, SGD, Case, check, run, share
+from ds_childtune.zero.calibration import _end_pass
+from tests.benchmarks.traffic import step_of
+from tests.support import models
+from tests.support.compact_runs import BASE, CLIPPED, FROM_START, SGD, Case, check, run, share
 from tests.support.engines import Setup, Weights, engine_of, model_weights, on_device, train_step
+from tests.support.models import OddBlock, OddModel
 from tests.support.ranks import RankPool
 from tests.support.traffic import Traffic
 
@@ -176,10 +181,9 @@ def interrupted(engine: Any, two: list[Any]) -> None:
     with pytest.raises(KeyError, match="in the middle"):
         engine.backward(output if isinstance(output, Tensor) else output.loss)
     handle.remove()
-    engine.optimizer.exit_backward()
+    _end_pass(engine)
     engine.optimizer.zero_grad()
-    for params in engine.optimizer.bit16_groups:
-        assert all(p.grad is None for p in params)
+    assert all(p.grad is None for p in engine.module.parameters())
     backward(engine, two[1])
     engine.step()
 
@@ -226,3 +230,150 @@ def test_four_ranks_of_which_some_own_nothing(pool: RankPool) -> None:
     for (expected, _), (got, _) in zip(dense, compact, strict=True):
         for n, w in expected.items():
             torch.testing.assert_close(got[n], w, rtol=1e-5, atol=1e-6, msg=n)
+
+
+# ---------------------------------------------------------------- ZeRO-3
+
+ZERO_3 = {
+    "small bucket": replace(
+        FROM_START,
+        setup=replace(BASE, stage=3, bf16=True, family="odd", bucket=5, overlap_comm=True, sub_group_size=20),
+    ),
+    "persistent": Case(replace(BASE, stage=3, family="llama", persistence_threshold=50, bucket=10_000), True),
+    "clip child": Case(replace(CLIPPED, stage=3, family="t5"), True, reselect=False),
+}
+
+
+@pytest.mark.parametrize("name", ZERO_3)
+def test_zero3_sends_the_child_bitwise_as_the_dense_hook_path(pool: RankPool, name: str) -> None:
+    """With two ranks additions are in the same order. More cells are in test_compact."""
+    case, clip = ZERO_3[name], "child" if name == "clip child" else None
+    check(case, pool[2].run(run, case, "dense", clip), pool[2].run(run, case, "compact", clip))
+
+
+def bytes_at_zero3(setup: Setup, sends: str | None) -> tuple[dict[str, int], int, int, Weights]:
+    """Of the third step: bytes by kind; elements of the child, and of gradients that are kept in the middle; weights after it."""
+    torch.manual_seed(0)
+    with engine_of(setup) as engine:
+        numel = 0
+        if sends is not None:
+            child = ds_childtune.attach(engine, BLOCK | {"optimizer_state": "compact", "sends": sends})
+            child.select()
+            numel = child.report().kept
+        for step in range(2):
+            train_step(engine, share(setup, step, 2 * setup.accumulation))
+        first, *rest = share(setup, 2, 2 * setup.accumulation)
+        with Traffic() as traffic:
+            train_step(engine, [first])
+            kept = sum(p.grad.numel() for p in engine.module.parameters() if p.grad is not None)
+            train_step(engine, rest)
+        return dict(traffic.bytes), numel, kept, model_weights(engine)
+
+
+def test_zero3_sends_the_child_once_for_each_micro_batch(pool: RankPool) -> None:
+    """And weights, as plain ZeRO-3 does; "whole" is as many bytes as plain, and the same weights."""
+    setup = replace(BASE, stage=3, bf16=True, family="llama", accumulation=3)
+    plain, whole, child = (pool[2].run(bytes_at_zero3, setup, sends) for sends in (None, "whole", "child"))
+    for (sent_plain, *_), (sent_whole, *_, expected), (sent_child, numel, kept, got) in zip(
+        plain, whole, child, strict=True
+    ):
+        assert numel > 300, "vacuous"
+        assert sent_whole == sent_plain
+        assert {**sent_child, "reduce-scatter": 0} == {**sent_plain, "reduce-scatter": 0}
+        assert 3 * 2 * numel <= sent_child["reduce-scatter"] < 3 * 2 * numel * 1.1, "padded to the longest row"
+        assert kept == 0
+        assert all(torch.equal(got[n], w) for n, w in expected.items())
+
+
+def test_bytes_at_zero3_against_plain(pool: RankPool) -> None:
+    """4 bytes for weights, gathered twice, and 2 p for gradients, of 6."""
+    plain, child = (
+        max(sum(found.values()) - found["live"] for found in pool[2].run(step_of, "64x4", 3, 1, p)) for p in (None, 0.1)
+    )
+    assert 5.99 < plain < 6.2
+    assert child < 0.72 * plain
+
+
+def four_at_zero3(setup: Setup, optimizer_state: str) -> tuple[Weights, list[int]]:
+    with chosen(setup, optimizer_state) as (engine, child):
+        for step in range(3):
+            train_step(engine, share(setup, step, setup.accumulation * 4))
+        shards = getattr(child._hooks.child, "shards", {})
+        return model_weights(engine), [s.index.numel() for s in shards.values()]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_zero3_of_four_ranks_of_which_some_own_nothing(pool: RankPool, bf16: bool) -> None:
+    """A sum of four may be added in another order: equal to a few units in the last place."""
+    setup = replace(BASE, stage=3, bf16=bf16, family="odd", sub_group_size=5)
+    dense, compact = (pool[4].run(four_at_zero3, setup, state) for state in ("dense", "compact"))
+    assert 0 in [count for _, counts in compact for count in counts], "vacuous: every rank owns something"
+    rtol, atol = (2e-2, 1e-3) if bf16 else (1e-5, 1e-6)
+    for (expected, _), (got, _) in zip(dense, compact, strict=True):
+        for n, w in expected.items():
+            torch.testing.assert_close(got[n], w, rtol=rtol, atol=atol, msg=n)
+
+
+@pytest.mark.parametrize("name", sorted({*WAYS} - {"without_sync"}))
+def test_other_ways_to_a_step_at_zero3(pool: RankPool, name: str) -> None:
+    setup = replace(BASE, stage=3, family="gpt2", accumulation=1)
+    for a, b in zip(*(pool[2].run(after, setup, state, name) for state in ("dense", "compact")), strict=True):
+        assert [n for n, w in a.items() if not torch.equal(w, b[n])] == []
+
+
+class Unused(OddModel):
+    """Blocks are leaf modules, and a parameter of theirs is not used."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__(dropout)
+        self.blocks[1].idle = torch.nn.Linear(7, 3)
+        self.idle = torch.nn.Linear(7, 3)
+        set_z3_leaf_modules(self, [OddBlock])
+
+
+SETUP_3 = replace(BASE, stage=3, family="gpt2", bf16=True)
+VARIANTS: dict[str, tuple[Setup, dict[str, Any]]] = {
+    "all-reduce": (SETUP_3, {"reduce_scatter": False}),
+    "predivide": (SETUP_3, {"reduce_scatter": False, "gradient_predivide_factor": 3.0}),
+    "prescale": (SETUP_3, {"reduce_scatter": False, "prescale_gradients": True}),
+    "fp32": (replace(SETUP_3, bf16=False), {}),
+    "bf16 on the wire": (replace(SETUP_3, bf16=False), {"communication_data_type": "bf16"}),
+    "separate gradients": (SETUP_3, {"contiguous_gradients": False}),
+    "reentrant": (SETUP_3, {}),
+    "not reentrant": (SETUP_3, {}),
+    "leaf modules": (replace(SETUP_3, family="unused", bucket=10_000), {}),
+}
+"""At ZeRO-3: an engine, and what goes into its config."""
+
+
+def trained_variant(name: str, optimizer_state: str) -> tuple[Weights, Weights]:
+    setup, keys = VARIANTS[name]
+    models.FAMILIES["unused"] = replace(models.FAMILIES["odd"], build=Unused)
+    zero = {k: keys[k] for k in ("reduce_scatter", "contiguous_gradients") if k in keys}
+    others = {k: v for k, v in keys.items() if k not in zero}
+    zero = {**setup.config()["zero_optimization"], **zero}
+    try:
+        with chosen(setup, optimizer_state, zero_optimization=zero, **others) as (engine, _):
+            before = model_weights(engine)
+            if "reentrant" in name:
+                engine.module.gradient_checkpointing_enable({"use_reentrant": name == "reentrant"})
+            for step in range(3):
+                train_step(engine, share(setup, step, setup.accumulation * 2))
+            return before, model_weights(engine)
+    finally:
+        del models.FAMILIES["unused"]
+
+
+def all_variants(optimizer_state: str) -> dict[str, tuple[Weights, Weights]]:
+    return {name: trained_variant(name, optimizer_state) for name in VARIANTS}
+
+
+def test_variants_of_zero3(pool: RankPool) -> None:
+    """Bitwise the dense path: whatever the way in which DeepSpeed averages, and in which gradients arrive."""
+    for dense, compact in zip(*(pool[2].run(all_variants, state) for state in ("dense", "compact")), strict=True):
+        for name, (before, expected) in dense.items():
+            got = compact[name][1]
+            assert [n for n, w in expected.items() if not torch.equal(w, got[n])] == [], name
+            assert any(not torch.equal(w, before[n]) for n, w in expected.items()), f"{name}, vacuous"
+        wire = [dense[name][1] for name in ("fp32", "bf16 on the wire")]
+        assert any(not torch.equal(w, wire[1][n]) for n, w in wire[0].items()), "vacuous"

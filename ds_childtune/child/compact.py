@@ -45,6 +45,9 @@ class Plumbing(Protocol):
 
     parts: Parts
 
+    note: str
+    """What ranks keep of one another, for a reader, once installed; empty: nothing that is worth a word."""
+
     def install(self, shards: Sequence[ChildShard]) -> None:
         """DeepSpeed runs on child shards; flat shards become views of the parameters that the forward pass uses."""
 

@@ -102,9 +102,9 @@ def _compact(child: ChildTuningConfig, settings: Settings) -> str:
     if child.mode == "ChildTuning-F":
         return "nothing: ChildTuning-F draws a child at every step, so every element has its moments"
     if child.optimizer_state == "dense":
-        _, text = compact_parts(settings, child.clip)
+        text = compact_parts(settings, child.clip).text
         return f'nothing, because child_tuning.optimizer_state is "dense"; with "compact": {text}'
-    return compact_parts(settings, child.clip)[1]
+    return compact_parts(settings, child.clip, child.sends).text
 
 
 def _keys(reading: ConfigReading, child: ChildTuningConfig) -> Iterator[Key]:
@@ -150,7 +150,7 @@ def _stage_effect(stage: int) -> str:
         0: "every rank has everything; moments can be compact",
         1: "moments, masters and gradients can be compact; then only the child is sent",
         2: "moments, masters and gradients can be compact; then only the child is sent",
-        3: "moments, masters and gradients can be compact",
+        3: "moments, masters and gradients can be compact; then only the child's gradients are sent",
     }[stage]
 
 

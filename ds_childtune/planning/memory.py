@@ -212,7 +212,9 @@ def _kept_in_steps(own: Shares, run: Run) -> dict[Kind, int]:
             kept["masters"] = _FP32 * own.child
         if run.parts == "moments, masters and gradients" and run.stage == 3:
             kept["gradients"] = run.accumulated * own.child
-            kept["child"] += _INDEX * own.places
+            kept["child"] += own.masks if run.sends_child else _INDEX * own.places
+            if run.sends_child:
+                kept["buckets"] = 0
         elif run.parts == "moments, masters and gradients":
             kept["child"] = _INDEX * own.child * run.world_size  # every rank's
     return kept
@@ -227,6 +229,9 @@ def _steps(own: Shares, run: Run) -> Phase:
         if run.parts == "moments, masters and gradients":  # of all ranks' children
             whole, bucket = run.accumulated * own.child * run.world_size, 0
         backward = whole + bucket + run.weight * own.largest
+    elif run.stage == 3 and run.sends_child:
+        # What is taken of gradients, the same by owner, and the bits of a parameter while they are read.
+        backward += 2 * run.weight * min(run.bucket, own.child * run.world_size) + 2 * min(own.largest, _TILE)
     elif run.stage == 0:
         backward = run.weight * own.trainable
     moments = {"forward": gathered["forward"], "backward": backward, "optimizer step": _in_the_step(own, run)}

@@ -31,6 +31,8 @@ class Run:
     child: Child
     parts: Parts | None
     """What is compact; None: the optimizer's state is dense."""
+    sends_child: bool
+    """Whether ranks send only the child's gradients, and keep the masks of all ranks."""
     stage: int
     world_size: int
     weight: int
@@ -83,16 +85,17 @@ def run_of(config: Mapping[str, Any], child: ChildTuningConfig | None, world_siz
             " Remedy: leave it out, or measure a run."
         )
     settings = Settings.of_config(reading)
-    parts: Parts | None = None
+    compact = None
     if child is not None and child.optimizer_state == "compact":
-        parts = compact_parts(settings, child.clip)[0]
+        compact = compact_parts(settings, child.clip, child.sends)
     scored = child is not None and child.mode == "ChildTuning-D"
     block = {} if child is None else child.model_dump(mode="json")
     weight, accumulated = _size(reading.dtype), _size(reading.accumulation)
     overlap = zero.overlap_comm if zero.overlap_comm is not None else reading.stage == 3
     return Run(
         child="plain" if child is None else child.mode,
-        parts=parts,
+        parts=None if compact is None else compact.parts,
+        sends_child=compact is not None and compact.sends_child and world_size > 1,
         stage=reading.stage,
         world_size=world_size,
         weight=weight,

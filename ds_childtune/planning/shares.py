@@ -39,6 +39,8 @@ class Shares:
     """Of a rank's shard, eligible."""
     places: int
     """ZeRO-3 with compact gradients: child elements in partitions where they are few."""
+    masks: int
+    """ZeRO-3: bytes of the masks of all ranks, see [Note: masks of all ranks]."""
     persistent: int
     """ZeRO-3: elements of the small parameters that every rank has whole."""
     largest: int
@@ -56,7 +58,7 @@ def shares(outline: ModelOutline, run: Run) -> Shares:
     eligible = [float(w.name in outline.eligible) for w in held]
     ranks = run.world_size
     trainable = sum(numels)
-    places = 0.0
+    places = masks = 0.0
     if run.stage == 3:
         parts = [-(-n // ranks) for n in numels]
         shard = sum(parts)
@@ -64,6 +66,8 @@ def shares(outline: ModelOutline, run: Run) -> Shares:
         scored = sum(e * n for e, n in zip(eligible, parts, strict=True))
         inside = [d * n for d, n in zip(densities, parts, strict=True) if d < 1]
         places = sum(n for n in inside if n <= _FEW)
+        split = [(n, d) for n, d in zip(parts, densities, strict=True) if 0 < d < 1]
+        masks = sum(ranks * min(-(-n // 8), 4 * d * n) for n, d in split)
     else:
         shard = trainable if run.stage == 0 else -(-trainable // ranks)
         child = _most(numels, densities, shard)
@@ -78,6 +82,7 @@ def shares(outline: ModelOutline, run: Run) -> Shares:
         child=round(child),
         scored=round(scored),
         places=round(places),
+        masks=round(masks),
         persistent=sum(small) if run.stage == 3 else 0,
         largest=max(sizes, default=0),
         masked=round(scored),

@@ -11,14 +11,14 @@ _FP32 = 4
 def sent_per_step(outline: ModelOutline, run: Run) -> dict[str, int]:
     """Bytes that each rank sends in one step of one micro-batch, with ring algorithms: (W - 1) / W of what a collective covers.
 
-    At ZeRO 1 and 2 a child with compact gradients sends itself only. Others send as much as plain DeepSpeed: gradients are reduced
-    whole, and weights gathered whole.
+    A child with compact gradients sends itself only; at ZeRO-3, where weights are gathered for the forward pass, its gradients only.
+    Others send as much as plain DeepSpeed: gradients are reduced whole, and weights gathered whole.
     """
     trainable = sum(w.numel for w in outline.weights if w.trains)
     ring = (run.world_size - 1) / run.world_size
     if run.stage == 0:
         return {"gradients": round(2 * ring * run.weight * trainable), "weights": 0}
-    if run.stage < 3 and run.parts == "moments, masters and gradients":
+    if run.stage < 3 and run.sends_child:
         child = round(ring * run.weight * outline.trained)
         return {"gradients": child, "weights": child}
     if run.stage < 3:
@@ -29,7 +29,7 @@ def sent_per_step(outline: ModelOutline, run: Run) -> dict[str, int]:
     # Weights that stay whole from forward to backward are gathered once.
     times = 1 if large <= run.max_live else 2
     return {
-        "gradients": round(ring * run.weight * trainable),
+        "gradients": round(ring * run.weight * (outline.trained if run.sends_child else trainable)),
         "weights": round(ring * run.weight * (times * large + small)),
     }
 

@@ -5,10 +5,14 @@ Everywhere *moments* exist for the child's elements only. DeepSpeed can also be 
 
     ZeRO 1, 2    masters                   without offload, and with gradients that are accumulated in the model's dtype
                  and gradients             where no norm of the whole gradient is needed, too; then only the child is sent
-    ZeRO-3       masters and gradients     without offload, and where no norm of the whole gradient is needed
+    ZeRO-3       masters and gradients     without offload, and where no norm of the whole gradient is needed; then only the
+                                           child's gradients are sent
 
-so that is done where the config allows it. This file decides, for an engine or beforehand for a config; `compact_stage12.py`,
-`compact_sending.py` and `compact_stage3.py` do it.
+so that is done where the config allows it. To send only the child, every rank must know which elements are the child's on all ranks,
+and keep their masks. Where there is no memory for these, "sends": "whole" does without.
+
+This file decides, for an engine or beforehand for a config; `compact_stage12.py`, `compact_sending.py`, `compact_stage3.py` and
+`compact_sending_stage3.py` do it.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Any, Literal
 
 from ds_childtune.child.compact import Parts, Plumbing
 from ds_childtune.zero.compact_sending import SendingPlumbing
+from ds_childtune.zero.compact_sending_stage3 import SendingZeroThreePlumbing
 from ds_childtune.zero.compact_stage3 import ZeroThreePlumbing
 from ds_childtune.zero.compact_stage12 import ZeroTwoPlumbing
 from ds_childtune.zero.engine import Engine, Wrapper, wrapper_of
@@ -29,9 +34,24 @@ Clip = Literal["dense", "child"] | None
 """`child_tuning.clip`."""
 
 
+Sends = Literal["child", "whole"]
+"""`child_tuning.sends`."""
+
+
+@dataclass(frozen=True)
+class Compactness:
+    """What a compact child has to itself. See [Note: what is compact]."""
+
+    parts: Parts
+    sends_child: bool
+    """Whether ranks send only the child's gradients."""
+    text: str
+    """The same for a reader, and why it is not more."""
+
+
 @dataclass(frozen=True)
 class CompactParts:
-    """What is compact on an engine. See [Note: what is compact]."""
+    """What is compact on an engine."""
 
     plumbing: Plumbing | None
     """None: moments only."""
@@ -39,31 +59,41 @@ class CompactParts:
     """The same for a reader, and why it is not more."""
 
     @classmethod
-    def of(cls, engine: Engine, clip: Clip) -> CompactParts:
+    def of(cls, engine: Engine, clip: Clip, sends: Sends = "child") -> CompactParts:
         """As much as there can be without changing what the config says about the gradient norm."""
-        parts, text = compact_parts(Settings.of_engine(engine), clip)
-        if parts == "moments":
-            return cls(None, text)
-        if parts == "moments and masters":
-            return cls(ZeroTwoPlumbing(engine), text)
-        return cls(ZeroThreePlumbing(engine) if wrapper_of(engine) is Wrapper.ZERO_3 else SendingPlumbing(engine), text)
+        found = compact_parts(Settings.of_engine(engine), clip, sends)
+        if found.parts == "moments":
+            return cls(None, found.text)
+        if wrapper_of(engine) is Wrapper.ZERO_3:
+            # One rank has nothing to send, and no other's mask to keep.
+            sending = found.sends_child and engine.optimizer.partition_count > 1
+            return cls((SendingZeroThreePlumbing if sending else ZeroThreePlumbing)(engine), found.text)
+        return cls((SendingPlumbing if found.sends_child else ZeroTwoPlumbing)(engine), found.text)
+
+    def __str__(self) -> str:
+        """Once the child has taken over."""
+        note = "" if self.plumbing is None else self.plumbing.note
+        return f"{self.text}; {note}" if note else self.text
 
 
-def compact_parts(settings: Settings, clip: Clip) -> tuple[Parts, str]:
-    """What a compact child has to itself, and the same for a reader, with why it is not more."""
+def compact_parts(settings: Settings, clip: Clip, sends: Sends = "child") -> Compactness:
+    """As much as there can be without changing what the config says about the gradient norm, and about what is sent."""
     against = _reason_against(settings, clip)
     if against is not None:
-        return "moments", f"moments of the child only; masters and gradients stay whole: {against}"
+        return Compactness("moments", False, f"moments of the child only; masters and gradients stay whole: {against}")
+    whole = _reason_to_send_whole(settings, sends)
     text = "moments, masters and gradients of the child only; the gradient norm is the child's"
     if settings.wrapper is Wrapper.ZERO_3:
-        return "moments, masters and gradients", text
-    whole = _norm_of_whole(clip, clips=settings.clips)
+        sent = f"gradients are sent whole: {whole}" if whole else "only the child's gradients are sent"
+        return Compactness("moments, masters and gradients", whole is None, f"{text}; {sent}")
+    whole = _norm_of_whole(clip, clips=settings.clips) or whole
     if whole is not None:
-        return (
+        return Compactness(
             "moments and masters",
+            False,
             f"moments and masters of the child only; gradients stay and are sent whole: {whole}",
         )
-    return "moments, masters and gradients", f"{text}; only the child is sent"
+    return Compactness("moments, masters and gradients", True, f"{text}; only the child is sent")
 
 
 def refuse_lean(engine: Engine, *, compact: bool, clip: Clip) -> None:
@@ -105,6 +135,15 @@ def _reason_against(settings: Settings, clip: Clip) -> str | None:
         return _norm_of_whole(clip, clips=settings.clips)
     if settings.accumulation != settings.dtype:
         return f"gradients are accumulated in {settings.accumulation}, parameters are {settings.dtype}"
+    return None
+
+
+def _reason_to_send_whole(settings: Settings, sends: Sends) -> str | None:
+    """Why whole gradients are sent, or None."""
+    if sends == "whole":
+        return 'child_tuning.sends is "whole"'
+    if settings.quantized:
+        return "zero_quantized_gradients sends them in fewer bits"
     return None
 
 

@@ -48,6 +48,7 @@ class ZeroTwoPlumbing:
     """See [Note: ZeRO-2 on child shards]. The order of shards is that of `read_flat_shards`."""
 
     parts: Parts = "moments and masters"
+    note: str = ""
 
     def __init__(self, engine: Any) -> None:
         self._optimizer = engine.optimizer

@@ -22,11 +22,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ds_childtune.child.child_shard import ChildShard, put_
+from ds_childtune.child.child_shard import ChildShard
 from ds_childtune.child.compact import Parts
 from ds_childtune.zero.lean_start import make_dense_gradient_buffer, make_gradient_buffer, parameters, take_gradients
 from ds_childtune.zero.overrides import Overrides
@@ -36,7 +36,7 @@ _FEW = 1 << 16
 
 
 @dataclass(frozen=True)
-class _Partition:
+class Partition:
     """Where this rank's partition of a parameter lies, in elements."""
 
     shard: ChildShard
@@ -53,11 +53,11 @@ class _Partition:
     """The child's elements in the partition, where those are few, so that many small parameters cost the host little."""
 
     @classmethod
-    def of(cls, shard: ChildShard, start: int, numel: int, real: int) -> _Partition:
+    def of(cls, shard: ChildShard, start: int, numel: int, real: int, *, keeps_places: bool) -> Partition:
         """`real`: elements that are no padding, which comes last."""
         first, last = shard.span(start, numel)
         whole = last - first == real
-        few = not whole and last - first <= _FEW
+        few = keeps_places and not whole and last - first <= _FEW
         return cls(shard, start, numel, first, last, whole, shard.index[first:last] - start if few else None)
 
     def inside(self, partition: Tensor) -> Tensor:
@@ -65,14 +65,10 @@ class _Partition:
         flat = partition.view(-1)
         if self.whole:
             return flat.narrow(0, 0, self.last - self.first)
-        return flat.index_select(0, self._index())
+        return flat.index_select(0, self.index())
 
-    def dense(self, values: Tensor, out: Tensor) -> Tensor:
-        """Put `values`, one for each element of the child shard, into `out`, which is laid out like the partition."""
-        put_(out, self._index().to(out.device), values[self.first : self.last])
-        return out
-
-    def _index(self) -> Tensor:
+    def index(self) -> Tensor:
+        """The child's elements in the partition, 1-D, ascending."""
         return self.shard.index[self.first : self.last] - self.start if self.places is None else self.places
 
 
@@ -80,10 +76,13 @@ class ZeroThreePlumbing:
     """See [Note: ZeRO-3 on child shards]. The order of shards is that of `read_flat_shards`."""
 
     parts: Parts = "moments, masters and gradients"
+    keeps_places: ClassVar = True
+    """Whether every partition of a gradient is indexed by itself."""
+    note: str = ""
 
     def __init__(self, engine: Any) -> None:
         self._optimizer = engine.optimizer
-        self._partitions: dict[int, _Partition] = {}
+        self._partitions: dict[int, Partition] = {}
         """By `ds_id` of the parameter."""
         self._flats: list[Tensor] = []
         """Flat shards, while child shards are in DeepSpeed's list."""
@@ -102,16 +101,19 @@ class ZeroThreePlumbing:
             shard.find_spans([(start, numel) for number, start, numel in at.values() if number == i])
         real = {(i, f.shard_start): f.numel for i, shard in enumerate(shards) for f in shard.flat.fragments}
         self._partitions = {
-            key: _Partition.of(shards[i], start, numel, real.get((i, start), 0))
+            key: Partition.of(shards[i], start, numel, real.get((i, start), 0), keeps_places=self.keeps_places)
             for key, (i, start, numel) in at.items()
         }
         make_gradient_buffer(optimizer, {i: p.last - p.first for i, p in self._partitions.items()})
         take_gradients(optimizer)
         put = self._overrides
-        put.around(optimizer, "partition_grads", self._partition_grads)
         put.around(optimizer, "_prepare_fp32_grad_for_sub_group", self._prepare_fp32_grad_for_sub_group)
         unflatten = optimizer._unflatten_partitioned_parameters
         put.method(optimizer, "_reassign_or_swap_out_partitioned_parameters", unflatten)
+        self._override()
+
+    def _override(self) -> None:
+        self._overrides.around(self._optimizer, "partition_grads", self._partition_grads)
 
     def remove(self) -> None:
         optimizer = self._optimizer

@@ -25,6 +25,8 @@ class Settings:
     """Of the forward pass."""
     accumulation: torch.dtype
     """What gradients are accumulated in."""
+    quantized: bool = False
+    """Whether gradients are sent in fewer bits: zero_quantized_gradients, of ZeRO-3."""
 
     @classmethod
     def of_engine(cls, engine: Engine) -> Settings:
@@ -38,6 +40,7 @@ class Settings:
             clips=engine.gradient_clipping() > 0,
             dtype=optimizer.dtype if split else model_dtype(engine),
             accumulation=optimizer.gradient_accumulation_dtype if split else engine.get_data_types()[1],
+            quantized=wrapper is Wrapper.ZERO_3 and optimizer.all2all_process_group is not None,
         )
 
     @classmethod
@@ -52,6 +55,7 @@ class Settings:
             clips=config.gradient_clipping > 0,
             dtype=config.dtype,
             accumulation=config.accumulation,
+            quantized=wrapper is Wrapper.ZERO_3 and bool(config.zero.zero_quantized_gradients),
         )
 
 

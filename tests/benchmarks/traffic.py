@@ -29,13 +29,16 @@ STEPS = 2
 
 
 def config_of(stage: int, accumulation: int, p: float | None) -> dict[str, Any]:
+    zero = {"stage": stage, "reduce_bucket_size": 1_000_000, "stage3_param_persistence_threshold": 0}
+    # As if the model were too large to stay whole from forward to backward: weights are gathered twice.
+    zero |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0,
         "bf16": {"enabled": True},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 1_000_000, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": zero,
         "steps_per_print": None,
     }
     if p is not None:
