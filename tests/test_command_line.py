@@ -123,7 +123,6 @@ def test_check_counts_tied_parameters_once() -> None:
     ("changes", "words"),
     [
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "MiCS"),
-        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "hpZ"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}}, "NVMe"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}}, "Super"),
@@ -379,6 +378,14 @@ def test_plan_by_hand(llama_folder: Path) -> None:
     sent, whole = found["child"]["sent_per_step"], found["plain"]["sent_per_step"]
     assert sent == {"gradients": round(0.75 * 2 * round(0.1 * sum(sizes))), "weights": whole["weights"]}
     assert whole["gradients"] == round(0.75 * 2 * sum(sizes))
+    zero = {"stage": 3, "zero_hpz_partition_size": 2}
+    config = written(llama_folder, config_of(3) | {"zero_optimization": zero}, "hpz")
+    hpz = answer("plan", llama_folder, "--config", config, "--world-size", 4, "--reserve-p", 0.1, "--include", "*")
+    large, trained = sum(sizes) - small, round(0.1 * sum(sizes))
+    assert hpz["plain"]["sent_per_step"]["weights"] == round(0.75 * 2 * sum(sizes))
+    assert hpz["child"]["sent_per_step"]["weights"] == round(0.75 * 2 * small + 2 * trained / 4), "to the other node"
+    assert hpz["child"]["sent_per_step"]["weights, inside a node"] == round(0.5 * 2 * large + 2 * trained / 4)
+    assert hpz["child"]["phases"]["steps"]["kept"]["weights"] == child["weights"] + 2 * 2 * shard
     alone = answer("plan", llama_folder, "--world-size", 1, "--reserve-p", 0.1, "--include", "*")
     kept = alone["child"]["phases"]["steps"]["kept"]
     assert kept["child"] == 8 * round(0.1 * sum(sizes)), (

@@ -517,7 +517,6 @@ REFUSED: dict[str, tuple[Setup, dict[str, Any], list[str]]] = {
         {"offload_optimizer": {"device": "cpu", "ratio": 0.5}},
         ["offload_optimizer.ratio", "remove"],
     ),
-    "hpz": (replace(ODD, stage=3), {"zero_hpz_partition_size": 2}, ["hpZ", "zero_hpz_partition_size"]),
     "zenflow": (
         replace(ODD, stage=2, optimizer=FUSED),
         {

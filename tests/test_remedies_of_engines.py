@@ -219,14 +219,6 @@ CASES: dict[str, Case] = {
         ),
     ),
     "weights that were edited": Case(edited, ("refresh_fp32_params()",), refreshed, setup=replace(ODD, bf16=True)),
-    "hpZ": Case(
-        attach(F),
-        ("remove zero_optimization.zero_hpz_partition_size",),
-        attach(F),
-        setup=replace(ODD, stage=3),
-        extra={"zero_hpz_partition_size": 2},
-        setup_of_remedy=replace(ODD, stage=3),
-    ),
     "the child's norm": Case(
         attach({**D, "clip": "child"}),
         ("use ZeRO stage 2 or 3",),

@@ -35,7 +35,6 @@ ENGINE = (
     "_load_checkpoint()",
     "_load_zero_checkpoint()",
     "_get_zero_ckpt_name()",
-    "_config.zero_config.zero_hpz_partition_size",
     "_is_gradient_accumulation_boundary",
     "_unmanaged_backward_count",
     "_config.zero_config.reduce_bucket_size",
@@ -227,6 +226,7 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
             "contiguous_gradients",
             "get_param_comm_dtype()",
             "gradient_predivide_factor",
+            "invalidate_secondary_tensor()",
             "ipg_buckets",
             "max_param_reduce_events",
             "param_reduce_events",
@@ -243,7 +243,15 @@ WRAPPERS |= {
 }
 """By the class of `engine.optimizer`: an engine that has it, and what is read on it."""
 
-PARTITIONED = ("ds_numel", "ds_process_group", "ds_shape", "ds_tensor.ds_numel", "ds_tensor.final_location")
+PARTITIONED = (
+    "ds_numel",
+    "ds_process_group",
+    "ds_shape",
+    "ds_tensor.ds_numel",
+    "ds_tensor.final_location",
+    "ds_secondary_tensor",
+    "ds_secondary_tensor_num_of_groups",
+)
 """Read on a parameter of ZeRO-3."""
 
 
@@ -257,6 +265,7 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "independent_gradient_partition_epilogue": (),
     "zero_grad": ("set_to_none",),
     "_pre_step": (),
+    "_post_step": ("timer_names",),
     "_prepare_fp32_grad_for_sub_group": ("sub_group_id",),
     "_reassign_or_swap_out_partitioned_parameters": ("sub_group_id",),
     "_get_fp32_opt_state_partition": ("param", "release_swap_buffers", "optim_state_key"),
@@ -383,6 +392,7 @@ def test_functions_have_the_parameters_that_are_passed() -> None:
         DeepSpeedEngine.load_module_state_dict: ["checkpoint", "strict", "custom_load_fn"],
         deepspeed.comm.all_reduce: ["tensor", "op", "async_op"],
         deepspeed.comm.reduce_scatter_tensor: ["output_tensor", "tensor"],
+        deepspeed.comm.all_to_all_single: ["output", "tensor", "output_split_sizes", "input_split_sizes", "group"],
         deepspeed.comm.all_gather_into_tensor: ["output_tensor", "tensor", "group"],
         deepspeed.comm.all_gather_object: ["object_list", "obj"],
         deepspeed.comm.broadcast_object_list: ["object_list", "src"],

@@ -160,8 +160,8 @@ def _other_table(plan: Plan) -> Table:
     sides = (plan.plain, plan.child)
     table.add_row("a checkpoint, files of all ranks", *(size(side.checkpoint) for side in sides))
     table.add_row("an export", "", size(plan.child.export) if plan.child.export else "none")
-    table.add_row("sent by a rank in a step: gradients", *(size(side.per_step["gradients"]) for side in sides))
-    table.add_row("sent by a rank in a step: weights", *(size(side.per_step["weights"]) for side in sides))
+    for what in plan.plain.per_step:
+        table.add_row(f"sent by a rank in a step: {what}", *(size(side.per_step[what]) for side in sides))
     table.add_row("sent by a rank for a micro-batch of the Fisher pass", "", size(plan.child.in_fisher))
     return table
 

@@ -119,7 +119,7 @@ def _kept(own: Shares, run: Run) -> dict[Kind, int]:
     on_device = 0 if run.offload else 1
     without_masters = run.stage == 0 and run.weight == _FP32
     return {
-        "weights": run.weight * own.partition,
+        "weights": run.weight * (own.partition + own.copies),
         "gradients": run.accumulated * own.shard * on_device if run.stage == 3 else 0,
         "masters": 0 if without_masters else run.master * own.shard * on_device,
         "moments": run.moments * own.shard if run.stage == 0 and not without_masters else 0,

@@ -35,6 +35,8 @@ class Run:
     """Whether ranks send only the child's gradients, and keep the masks of all ranks."""
     stage: int
     world_size: int
+    node: int
+    """hpZ: ranks over which weights are split once more; 1: without."""
     weight: int
     """An element of the forward pass's weights, and of local gradients."""
     master: int
@@ -98,6 +100,7 @@ def run_of(config: Mapping[str, Any], child: ChildTuningConfig | None, world_siz
         sends_child=compact is not None and compact.sends_child and world_size > 1,
         stage=reading.stage,
         world_size=world_size,
+        node=min(world_size, max(1, int(zero.zero_hpz_partition_size))) if reading.stage == 3 else 1,
         weight=weight,
         master=_size(reading.masters),
         accumulated=accumulated,

@@ -33,6 +33,8 @@ class Shares:
     """Trainable elements of a rank, padding included: what it has masters of in plain DeepSpeed."""
     partition: int
     """ZeRO-3: elements of a rank's partitions, frozen parameters included. Else `model`: weights are whole."""
+    copies: int
+    """hpZ: elements of a rank's secondary copies, frozen parameters included."""
     child: int
     """Of a rank's shard, inside the child; dense parameters count in full."""
     scored: int
@@ -79,6 +81,7 @@ def shares(outline: ModelOutline, run: Run) -> Shares:
         eligible=outline.eligible_numel,
         shard=shard,
         partition=sum(-(-n // ranks) for n in sizes) if run.stage == 3 else sum(sizes),
+        copies=sum(-(-n // ranks) for n in sizes) * ranks // run.node if run.node > 1 else 0,
         child=round(child),
         scored=round(scored),
         places=round(places),

@@ -6,6 +6,8 @@ from ds_childtune.planning.model import ModelOutline
 from ds_childtune.planning.run import Run
 
 _FP32 = 4
+_INSIDE = "weights, inside a node"
+"""With hpZ; "weights" are then those that are sent to all nodes."""
 
 
 def sent_per_step(outline: ModelOutline, run: Run) -> dict[str, int]:
@@ -28,10 +30,17 @@ def sent_per_step(outline: ModelOutline, run: Run) -> dict[str, int]:
     large = outline.numel - small
     # Weights that stay whole from forward to backward are gathered once.
     times = 1 if large <= run.max_live else 2
-    return {
-        "gradients": round(ring * run.weight * (outline.trained if run.sends_child else trainable)),
-        "weights": round(ring * run.weight * (times * large + small)),
-    }
+    gradients = round(ring * run.weight * (outline.trained if run.sends_child else trainable))
+    if not 1 < run.node < run.world_size:
+        return {"gradients": gradients, "weights": round(ring * run.weight * (times * large + small))}
+    inside = (run.node - 1) / run.node * run.weight * large
+    if not run.sends_child:  # in the forward pass from all ranks, in the backward pass inside a node
+        weights = ring * run.weight * (large + small)
+        return {"gradients": gradients, "weights": round(weights), _INSIDE: round((times - 1) * inside)}
+    new = run.weight * outline.trained / run.world_size  # to one rank of each node
+    others = run.world_size / run.node - 1
+    weights = ring * run.weight * small + others * new
+    return {"gradients": gradients, "weights": round(weights), _INSIDE: round(times * inside + new)}
 
 
 def sent_in_fisher(outline: ModelOutline, run: Run) -> int:

@@ -7,6 +7,7 @@ As in [Note: ZeRO-3 on child shards], and every rank knows which elements of eac
     reduce_independent_p_g_buckets_...      takes the child's elements of a gradient as soon as it is whole, and frees the gradient
     independent_gradient_partition_epilogue reduces what is left in the bucket first
     zero_grad, _pre_step                    drop what is left in it, after an exception for example
+    _post_step                              with hpZ: see [Note: secondary copies]
 
 What is in the bucket is laid out by owner, padded to the longest owner's, and reduce-scattered at once:
 
@@ -35,6 +36,7 @@ from ds_childtune.child.child_shard import ChildShard
 from ds_childtune.zero.child_masks import ChildMasks, OwnPart, ParameterChild
 from ds_childtune.zero.compact_stage3 import ZeroThreePlumbing
 from ds_childtune.zero.lean_start import parameters
+from ds_childtune.zero.secondary_copies import SecondaryCopies, copies_across_nodes
 
 
 @dataclass
@@ -67,6 +69,9 @@ class SendingZeroThreePlumbing(ZeroThreePlumbing):
         parts = [OwnPart(p.ds_numel, i.numel, i.last - i.first, i.index) for p, i in zip(held, of, strict=True)]
         masks = ChildMasks.shared(parts, shards[0].index.device, optimizer.dp_process_group)
         self._children = {p.ds_id: child for p, child in zip(held, masks.parameters, strict=True)}
+        if copies_across_nodes(held):
+            copies = SecondaryCopies(optimizer, shards, held, masks.parameters)
+            self._overrides.around(optimizer, "_post_step", copies.after_step)
         self.note = f"every rank keeps the masks of all: {masks.nbytes / 2**20:.1f} MiB"
 
     def _override(self) -> None:

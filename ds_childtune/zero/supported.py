@@ -126,12 +126,6 @@ REFUSALS = (
         lambda config: int(config.block("zero_optimization").get("mics_shard_size", -1)) > 0,
     ),
     Refusal(
-        "hpZ",
-        "remove zero_optimization.zero_hpz_partition_size",
-        lambda engine: engine._config.zero_config.zero_hpz_partition_size > 1,
-        lambda config: config.zero.zero_hpz_partition_size > 1,
-    ),
-    Refusal(
         "ZenFlow",
         "remove zero_optimization.zenflow",
         lambda engine: bool(engine.zenflow),

@@ -69,11 +69,16 @@ def local_weights(name: str, tensor: Tensor) -> Weights:
 
 
 def refresh_copies(params: Iterable[nn.Parameter]) -> None:
-    """Bring the whole copies that ranks have of partitioned parameters up to date with the partitions. A collective."""
+    """Bring the whole copies that ranks have of partitioned parameters up to date with the partitions. A collective.
+
+    Copies of hpZ are dropped, and filled again by the next forward pass, as after a step of plain DeepSpeed.
+    """
     from deepspeed import comm as dist
 
     param: Any
     for param in params:
+        if is_partitioned(param):
+            param.ds_secondary_tensor = None
         if is_partitioned(param) and param.data.numel() == param.ds_numel:
             whole = torch.empty(
                 param.ds_tensor.numel() * dist.get_world_size(param.ds_process_group), dtype=param.dtype
@@ -97,6 +102,7 @@ def update_forward_weights(engine: Engine) -> None:
         for sub_group, lp in enumerate(optimizer.fp16_partitioned_groups_flat):
             if lp is None or lp.data_ptr() != optimizer.fp32_partitioned_groups_flat[sub_group].data_ptr():
                 optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+        optimizer.invalidate_secondary_tensor()
     elif wrapper.is_zero:
         optimizer.update_lp_params()
     elif wrapper is Wrapper.FP16_FUSED:
