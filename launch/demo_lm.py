@@ -121,7 +121,7 @@ def summary(results: dict[Arm, dict[str, Any]], folder: Path) -> Table:
 def main(
     what: Annotated[Literal["plain", "child", "table"], typer.Argument(help="Which run, or the table of both.")],
     folder: Annotated[Path, typer.Argument(help="Its folder `data` is what prepare_lm.py has written.")],
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 100,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 60,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
     """One of the two runs, or the table."""

@@ -159,8 +159,9 @@ def test_the_script_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
         (tmp_path / ".venv" / "bin" / name).write_text(STUB)
         (tmp_path / ".venv" / "bin" / name).chmod(0o755)
     made = tmp_path / "outputs" / "demo_lm" / "packages"
-    code, _, _ = script(tmp_path, "--target")
+    code, _, said = script(tmp_path, "--target")
     assert code == 1
+    assert "expected the model's and the texts' packages" in said
     assert not made.exists()
     code, log, _ = script(tmp_path, "demo_lm.py child")
     assert code == 1
