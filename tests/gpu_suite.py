@@ -40,9 +40,9 @@ def parity_cells() -> list[Any]:
     """Weights against the dense oracle: stages x modes x precisions, each value at least once with each mode."""
     cells: list[Any] = []
     for stage in (0, 1, 2, 3):
-        plain = Setup("gpt2", stage=stage, accumulation=2, clip=0.5, sub_group_size=700, optimizer=FUSED)
-        bf16 = Setup("llama", stage=stage, bf16=True, accumulation=2, sub_group_size=300)
-        fp16 = Setup("llama", stage=stage, fp16=True, sub_group_size=300)
+        plain = Setup("gpt2", stage=stage, accumulation=2, clip=0.5, sub_group_size=350, optimizer=FUSED)
+        bf16 = Setup("llama", stage=stage, bf16=True, accumulation=2, sub_group_size=150)
+        fp16 = Setup("llama", stage=stage, fp16=True, sub_group_size=150)
         cells += [Cell(F, bf16), Cell(D, plain), Cell(D, bf16, block=COMPACT)]
         cells += [
             pytest.param(Cell(F, fp16), marks=needs_accelerator),
@@ -50,7 +50,7 @@ def parity_cells() -> list[Any]:
         ]
     cells += [
         Cell(D, Setup("gpt2", stage=2, offload=True, optimizer=FUSED)),
-        Cell(F, Setup("llama", stage=3, bf16=True, offload=True, sub_group_size=300, optimizer=FUSED)),
+        Cell(F, Setup("llama", stage=3, bf16=True, offload=True, sub_group_size=150, optimizer=FUSED)),
         Cell(F, Setup("llama", stage=3, bf16=True, zero_init=True, persistence_threshold=50)),
         Cell(D, Setup("odd", stage=3, sub_group_size=20), block=COMPACT),
     ]
@@ -167,7 +167,7 @@ def waits_of(setup: Setup, block: dict[str, Any]) -> tuple[Counter[str], Counter
 )
 @needs_accelerator
 def test_a_step_waits_for_nothing(pool: RankPool, stage: int, block: dict[str, Any]) -> None:
-    setup = Setup("llama", stage=stage, bf16=True, clip=0.5, accumulation=2, sub_group_size=300)
+    setup = Setup("llama", stage=stage, bf16=True, clip=0.5, accumulation=2, sub_group_size=150)
     known, found = pool[1].run(waits_of, setup, block)[0]
     assert known, "vacuous: torch does not warn of the waits that are there"
     assert not found

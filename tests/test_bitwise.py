@@ -70,7 +70,7 @@ def run_against_plain(setup: Setup, *, reserve_p: float, steps_before: int, deta
     return runs[0], runs[1]
 
 
-DROPPING = Setup("gpt2", accumulation=2, clip=0.3, dropout=0.2, schedule=True, sub_group_size=700)
+DROPPING = Setup("gpt2", accumulation=2, clip=0.3, dropout=0.2, schedule=True, sub_group_size=350)
 PLAIN = {
     **{f"zero{s}": replace(DROPPING, stage=s) for s in range(4)},
     **{f"zero{s}-bf16": replace(DROPPING, stage=s, bf16=True) for s in range(4)},
@@ -139,7 +139,7 @@ def run_complement(setup: Setup, **extra: Any) -> Moves:
 
 COMPLEMENT = [
     *(
-        (name, Setup("gpt2", stage=stage, optimizer=o, sub_group_size=700))
+        (name, Setup("gpt2", stage=stage, optimizer=o, sub_group_size=350))
         for name, o in OPTIMIZERS.items()
         for stage in (1, 3)
     ),
@@ -147,7 +147,7 @@ COMPLEMENT = [
     *((name, Setup("gpt2", stage=0, bf16=True, optimizer=OPTIMIZERS[name])) for name in ("AdamW", "FusedAdam")),
     ("FusedAdam", Setup("gpt2", stage=2, bf16=True, optimizer=OPTIMIZERS["FusedAdam"])),
     *(
-        (name, Setup("gpt2", stage=stage, optimizer=o, offload=True, sub_group_size=700))
+        (name, Setup("gpt2", stage=stage, optimizer=o, offload=True, sub_group_size=350))
         for name, o in OFFLOADED.items()
         for stage in (2, 3)
     ),

@@ -26,11 +26,14 @@ from tests.support.engines import Setup, Weights, engine_of, master_weights, mod
 from tests.support.ranks import RankPool
 from tests.support.resuming import ALL_COMPACT, SETUPS, N, check_equal, resumed, share, train, whole
 
-FEW = {"zero0": "D-compact", "zero0-bf16": "F"} | {
-    name: "D-compact" for name in SETUPS if name.startswith("zero3-all-compact")
+OTHERS = {  # each stage and each precision, once
+    "F": ("zero0-bf16", "zero1", "zero2-bf16", "zero3"),
+    "D": ("zero1-bf16", "zero2", "zero3-bf16"),
 }
-FEW |= {"zero3-lean-bf16": "D-compact"}
-CELLS = [(name, mode) for name in SETUPS for mode in BLOCKS if FEW.get(name, mode) == mode]
+CELLS = [
+    *((name, "D-compact") for name in SETUPS if name != "zero0-bf16"),
+    *((name, mode) for mode, names in OTHERS.items() for name in names),
+]
 
 
 @pytest.mark.parametrize(("name", "mode"), CELLS)

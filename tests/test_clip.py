@@ -63,9 +63,9 @@ SETUPS = {
     "zero2-odd": replace(BASE, stage=2, family="odd"),
     "zero2-bf16-fp32-accumulation": replace(BASE, stage=2, bf16=True, fp32_accumulation=True),
     "zero2-offload": replace(BASE, stage=2, offload=True),
-    "zero3": replace(BASE, stage=3, sub_group_size=300),
+    "zero3": replace(BASE, stage=3, sub_group_size=150),
     "zero3-odd": replace(BASE, stage=3, family="odd", sub_group_size=20),
-    "zero3-offload": replace(BASE, stage=3, offload=True, sub_group_size=300),
+    "zero3-offload": replace(BASE, stage=3, offload=True, sub_group_size=150),
 }
 
 
@@ -115,7 +115,7 @@ def test_the_whole_norm_is_clipped_where_the_config_does_not_say_child(pool: Ran
         assert all(torch.equal(a.end[n], b.end[n]) for n in a.end)
         assert c.norms[0] is not None
         assert a.norms[0] is not None
-        assert c.norms[0] < 0.9 * a.norms[0], "vacuous: the norms hardly differ"
+        assert c.norms[0] < 0.95 * a.norms[0], "vacuous: the norms hardly differ"
 
 
 def selected_twice(setup: Setup, optimizer_state: str) -> list[Weights]:

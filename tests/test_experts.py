@@ -29,7 +29,7 @@ VOCABULARY, HIDDEN, EXPERTS, LAYERS = 31, 12, 6, 2
 MISSED = 3
 """The expert of every layer that no token reaches."""
 
-ZERO3 = Setup(stage=3, sub_group_size=400)
+ZERO3 = Setup(stage=3, sub_group_size=200)
 D: dict[str, Any] = {"mode": "ChildTuning-D", "reserve_p": 0.3}
 FAMILIES = ("mixtral", "qwen2_moe")
 

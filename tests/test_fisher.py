@@ -71,7 +71,7 @@ def check(pool: RankPool, case: Pass, terms: list[list[Batch]], record_property:
 
 
 BASES = [
-    *(Setup("gpt2", stage=stage, accumulation=2, clip=0.1, sub_group_size=700) for stage in (0, 1, 2, 3)),
+    *(Setup("gpt2", stage=stage, accumulation=2, clip=0.1, sub_group_size=350) for stage in (0, 1, 2, 3)),
     *(Setup("llama", stage=stage, bf16=True, accumulation=2, clip=0.1) for stage in (0, 1, 2, 3)),
     *(Setup("odd", stage=stage, offload=True, sub_group_size=20) for stage in (1, 2, 3)),
     Setup("llama", stage=1, bf16=True, fp32_accumulation=True),

@@ -79,27 +79,38 @@ def embedding_third(name: str, shape: torch.Size) -> Tensor:
 
 
 def trained(setup: Setup, block: dict[str, Any], **arguments: Any) -> tuple[Weights, Weights, ds_childtune.Report]:
-    """Masks, which elements moved in three steps, and the report."""
+    """Masks, which elements moved in two steps, and the report."""
     with engine_of(setup) as engine:
         child = ds_childtune.attach(engine, block)
-        report = child.select(**arguments)
-        before = model_weights(engine)
-        for step in range(3):
-            train_step(engine, share(4, seed=step))
-        masks = {name: child.gather_mask(name) for name in before}
-        moved = {name: w != before[name] for name, w in model_weights(engine).items()}
+        answer = selected_and_trained(engine, child, arguments)
         child.detach()
-    return masks, moved, report
+    return answer
+
+
+def selected_and_trained(
+    engine: Any, child: ds_childtune.ChildTuner, arguments: dict[str, Any]
+) -> tuple[Weights, Weights, ds_childtune.Report]:
+    report = child.select(**arguments)
+    before = model_weights(engine)
+    for step in range(2):
+        train_step(engine, share(4, seed=step))
+    masks = {name: child.gather_mask(name) for name in before}
+    return masks, {name: w != before[name] for name, w in model_weights(engine).items()}, report
 
 
 def all_cases(setup: Setup, block: dict[str, Any]) -> dict[str, tuple[Weights, Weights, ds_childtune.Report]]:
-    return {name: trained(setup, block, **arguments) for name, (arguments, _) in CASES.items()}
+    """One child after another, on one engine."""
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, block)
+        answers = {name: selected_and_trained(engine, child, arguments) for name, (arguments, _) in CASES.items()}
+        child.detach()
+    return answers
 
 
 SETUPS = {
     "zero0": (Setup(stage=0), D),
     "zero2": (Setup(stage=2), COMPACT),
-    "zero3": (Setup(stage=3, sub_group_size=300), D),
+    "zero3": (Setup(stage=3, sub_group_size=150), D),
     "zero3-compact": (Setup(stage=3), COMPACT),
 }
 

@@ -25,12 +25,13 @@ P = 0.3
 D = {"mode": "ChildTuning-D", "reserve_p": P}
 COMPACT = D | {"optimizer_state": "compact"}
 F = {"mode": "ChildTuning-F", "reserve_p": P}
+FAMILY = "gpt2-2-blocks"
 BLOCK = "transformer.h.1."
 """The block that is left out of the optimizer, or frozen. Of two equal ones."""
 
 
 def share(count: int, seed: int) -> list[Any]:
-    return deal(batches("gpt2", count, seed=seed), dist.get_rank(), dist.get_world_size())
+    return deal(batches(FAMILY, count, seed=seed), dist.get_rank(), dist.get_world_size())
 
 
 def moved(before: Weights, after: Weights) -> set[str]:
@@ -47,7 +48,7 @@ def in_block(names: Sequence[str] | set[str]) -> set[str]:
 @contextmanager
 def engine_over_a_part(setup: Setup) -> Iterator[Any]:
     """Everything requires a gradient, and one block is not given to the optimizer."""
-    model = build("gpt2")
+    model = build(FAMILY)
     config = setup.config()
     held = [p for name, p in model.named_parameters() if not name.startswith(BLOCK)]
     engine, *_ = deepspeed.initialize(model=model, model_parameters=held, config=config)
@@ -91,10 +92,10 @@ def test_a_child_of_what_the_optimizer_holds(
     pool: RankPool, stage: int, bf16: bool, then: int, kind: str, tmp_path: Path
 ) -> None:
     """Chosen, reported and carried to another stage; the oracle sorts the scores of what is held."""
-    setup = Setup(stage=stage, bf16=bf16)
+    setup = Setup(FAMILY, stage=stage, bf16=bf16)
     block = D if kind == "D" else COMPACT
-    model = build("gpt2").to(setup.dtype)
-    scores = reference.fisher(model, [[batch] for batch in batches("gpt2", 4, seed=1000)])
+    model = build(FAMILY).to(setup.dtype)
+    scores = reference.fisher(model, [[batch] for batch in batches(FAMILY, 4, seed=1000)])
     eligible = {n: s for n, s in scores.items() if n.startswith("transformer.h.") and not n.startswith(BLOCK)}
     numel = sum(s.numel() for s in eligible.values())
     for part in pool[2].run(train_a_part, setup, block, str(tmp_path / "a"), None):
@@ -123,16 +124,16 @@ def test_a_child_of_what_the_optimizer_holds(
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_free_masks_of_what_the_optimizer_holds(pool: RankPool, stage: int, tmp_path: Path) -> None:
-    for part in pool[2].run(train_a_part, Setup(stage=stage), F, str(tmp_path), None):
-        numel = sum(p.numel() for n, p in build("gpt2").named_parameters() if not n.startswith(BLOCK))
+    for part in pool[2].run(train_a_part, Setup(FAMILY, stage=stage), F, str(tmp_path), None):
+        numel = sum(p.numel() for n, p in build(FAMILY).named_parameters() if not n.startswith(BLOCK))
         assert part.report.eligible == part.report.numel == numel
         assert abs(part.report.density - P) < 0.05
         assert not in_block(part.moved)
 
 
 def attach_to_strangers() -> str:
-    model, stranger = build("gpt2"), torch.nn.Parameter(torch.ones(3, 5))
-    config = Setup(stage=0).config()
+    model, stranger = build(FAMILY), torch.nn.Parameter(torch.ones(3, 5))
+    config = Setup(FAMILY, stage=0).config()
     engine, *_ = deepspeed.initialize(model=model, model_parameters=[*model.parameters(), stranger], config=config)
     try:
         ds_childtune.attach(engine, F)
@@ -219,11 +220,11 @@ def resumed(setup: Setup, block: dict[str, Any], folder: str, frozen: bool) -> t
 
 
 LIVES = {
-    "zero0": Setup(stage=0),
-    "zero1-fp32-accumulation": Setup(stage=1, bf16=True, fp32_accumulation=True),
-    "zero2": Setup(stage=2, no_decay=("bias",)),
-    "zero2-offload": Setup(stage=2, offload=True),
-    "zero3": Setup(stage=3, sub_group_size=500),
+    "zero0": Setup(FAMILY, stage=0),
+    "zero1-fp32-accumulation": Setup(FAMILY, stage=1, bf16=True, fp32_accumulation=True),
+    "zero2": Setup(FAMILY, stage=2, no_decay=("bias",)),
+    "zero2-offload": Setup(FAMILY, stage=2, offload=True),
+    "zero3": Setup(FAMILY, stage=3, sub_group_size=500),
 }
 
 
@@ -231,7 +232,7 @@ LIVES = {
 @pytest.mark.parametrize("name", LIVES)
 def test_a_block_that_is_frozen_and_thawed(pool: RankPool, name: str, kind: str, tmp_path: Path) -> None:
     setup, block = LIVES[name], D if kind == "dense" else COMPACT
-    blocks = {n: p.numel() for n, p in build("gpt2").named_parameters() if n.startswith("transformer.h.")}
+    blocks = {n: p.numel() for n, p in build(FAMILY).named_parameters() if n.startswith("transformer.h.")}
     of_all = round(P * sum(blocks.values()))
     of_open = round(P * sum(numel for n, numel in blocks.items() if not n.startswith(BLOCK)))
     lives = pool[2].run(life, setup, block, str(tmp_path))
@@ -259,7 +260,7 @@ def test_a_block_that_is_frozen_and_thawed(pool: RankPool, name: str, kind: str,
 def thawed_without_zero() -> tuple[list[str], set[str]]:
     """What steps say, of fp32 at ZeRO 0, when a block is thawed that was frozen at attach; and what moves after the remedy."""
     said = []
-    with engine_of(Setup(stage=0)) as engine:
+    with engine_of(Setup(FAMILY, stage=0)) as engine:
         freeze(engine, True)
         child = ds_childtune.attach(engine, COMPACT)
         child.select(share(4, seed=1000))
@@ -286,7 +287,7 @@ def test_thawing_what_was_frozen_at_attach_is_refused_at_the_first_step(pool: Ra
 def thawed_after_initialize(setup: Setup, block: dict[str, Any], folder: str) -> tuple[list[str], str, Chapter]:
     """A block that is frozen when DeepSpeed builds its optimizer never trains, which is said; saving and attaching go on."""
     told: list[str] = []
-    model = build("gpt2")
+    model = build(FAMILY)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(BLOCK))
     config = setup.config()
@@ -311,7 +312,9 @@ def thawed_after_initialize(setup: Setup, block: dict[str, Any], folder: str) ->
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_thawing_what_was_frozen_at_initialize(pool: RankPool, stage: int, tmp_path: Path) -> None:
-    for warned, told, went_on in pool[2].run(thawed_after_initialize, Setup(stage=stage), COMPACT, str(tmp_path)):
+    for warned, told, went_on in pool[2].run(
+        thawed_after_initialize, Setup(FAMILY, stage=stage), COMPACT, str(tmp_path)
+    ):
         assert len(warned) == 1, "it is said once, and not before the block is thawed"
         assert "12 parameters do not train" in warned[0]
         assert "Remedy: call requires_grad_(True) before deepspeed.initialize" in warned[0]
@@ -322,7 +325,7 @@ def test_thawing_what_was_frozen_at_initialize(pool: RankPool, stage: int, tmp_p
 
 
 def everything_frozen(stage: int) -> tuple[str, int]:
-    with engine_of(Setup(stage=stage)) as engine:
+    with engine_of(Setup(FAMILY, stage=stage)) as engine:
         child = ds_childtune.attach(engine, D)
         blocks = [p for n, p in engine.module.named_parameters() if n.startswith("transformer.h.")]
         for parameter in blocks:
@@ -345,10 +348,10 @@ def test_selecting_from_frozen_parameters_alone(pool: RankPool) -> None:
 
 def unreached(stage: int) -> tuple[str, set[str], int, int]:
     """A parameter that no micro-batch reaches: what `select` says, and what each of its two remedies leads to."""
-    model = build("gpt2")
+    model = build(FAMILY)
     name = "transformer.h.1.unused"
     model.transformer.h[1].register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
-    config = Setup(stage=stage).config()
+    config = Setup(FAMILY, stage=stage).config()
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     try:
         child = ds_childtune.attach(engine, D)
@@ -369,7 +372,7 @@ def unreached(stage: int) -> tuple[str, set[str], int, int]:
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_both_remedies_for_a_parameter_that_gets_no_gradient(pool: RankPool, stage: int) -> None:
-    numel = sum(p.numel() for n, p in build("gpt2").named_parameters() if n.startswith("transformer.h."))
+    numel = sum(p.numel() for n, p in build(FAMILY).named_parameters() if n.startswith("transformer.h."))
     for text, moved_, frozen, excluded in pool[2].run(unreached, stage):
         assert (
             "transformer.h.1.unused. Remedy: freeze them (requires_grad=False) or add them to child_tuning.exclude"

@@ -31,18 +31,19 @@ from tests.support.ranks import RankPool
 F = {"mode": "ChildTuning-F", "reserve_p": 0.5}
 SGD = Optimizer("SGD", {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.1})
 FUSED = Optimizer("AdamW", {"lr": 1e-2, "eps": 1e-3})
+TWO = "gpt2-2-blocks"  # fragments of equal size change places
 SETUPS = {
-    "zero0": Setup(),
-    "zero0-unfused": Setup(bf16=True, optimizer=SGD),
-    "zero0-fused": Setup(bf16=True, optimizer=FUSED),
-    "zero1-fp32-accumulation": Setup(stage=1, bf16=True, fp32_accumulation=True),
-    "zero1-groups": Setup(stage=1, no_decay=("bias", "ln")),
-    "zero2-round-robin": Setup(stage=2, bf16=True, round_robin=True),
-    "zero2-offload": Setup(stage=2, bf16=True, offload=True),
-    "zero2-bf16-masters": Setup(stage=2, bf16=True, bf16_masters=True),
-    "zero3-persistent": Setup(stage=3, bf16=True, sub_group_size=300, persistence_threshold=50),
+    "zero0": Setup(TWO),
+    "zero0-unfused": Setup(TWO, bf16=True, optimizer=SGD),
+    "zero0-fused": Setup(TWO, bf16=True, optimizer=FUSED),
+    "zero1-fp32-accumulation": Setup(TWO, stage=1, bf16=True, fp32_accumulation=True),
+    "zero1-groups": Setup(TWO, stage=1, no_decay=("bias", "ln")),
+    "zero2-round-robin": Setup(TWO, stage=2, bf16=True, round_robin=True),
+    "zero2-offload": Setup(TWO, stage=2, bf16=True, offload=True),
+    "zero2-bf16-masters": Setup(TWO, stage=2, bf16=True, bf16_masters=True),
+    "zero3-persistent": Setup(TWO, stage=3, bf16=True, sub_group_size=300, persistence_threshold=50),
     "zero3-zero-init": Setup("odd", stage=3, bf16=True, zero_init=True, sub_group_size=20),
-    "zero3-offload": Setup(stage=3, bf16=True, offload=True),
+    "zero3-offload": Setup(TWO, stage=3, bf16=True, offload=True),
 }
 
 

@@ -52,13 +52,13 @@ def chosen_cells() -> list[Cell]:
             cells.append(Cell(mode, Setup("odd", stage=stage, sub_group_size=20, no_decay=NO_DECAY)))
         for stage in (1, 2, 3):
             setup = Setup("gpt2", stage=stage, offload=True, accumulation=3 - stage % 2, clip=0.25 * (stage > 1))
-            cells.append(Cell(mode, replace(setup, sub_group_size=500)))
+            cells.append(Cell(mode, replace(setup, sub_group_size=250)))
         cells.append(Cell(mode, Setup("llama", stage=1, bf16=True, fp32_accumulation=True, accumulation=2)))
-        cells.append(Cell(mode, Setup("gpt2", stage=3, sub_group_size=700), world_size=1))
+        cells.append(Cell(mode, Setup("gpt2", stage=3, sub_group_size=350), world_size=1))
         cells.append(Cell(mode, Setup("odd", stage=3, sub_group_size=20), world_size=4))
     cells += [
         Cell(D, Setup("llama", stage=2, bf16=True, offload=True, clip=0.5)),
-        Cell(D, Setup("llama", stage=3, bf16=True, offload=True, sub_group_size=300)),
+        Cell(D, Setup("llama", stage=3, bf16=True, offload=True, sub_group_size=150)),
         Cell(F, Setup("llama", stage=3, bf16=True, zero_init=True, persistence_threshold=50)),
         Cell(D, Setup("odd", stage=1), world_size=4),
         Cell(F, Setup("gpt2", stage=1, round_robin=True, accumulation=2, clip=0.5)),
@@ -70,13 +70,13 @@ def chosen_cells() -> list[Cell]:
         Cell(D, Setup("gpt2", stage=0), world_size=1),
         Cell(F, Setup("bert", stage=2, clip=0.5), world_size=1),
         Cell(D, Setup("bert", stage=1, accumulation=2, no_decay=NO_DECAY)),
-        Cell(D, Setup("bert", stage=3, sub_group_size=400, persistence_threshold=50)),
+        Cell(D, Setup("bert", stage=3, sub_group_size=200, persistence_threshold=50)),
         Cell(D, Setup("t5", stage=2, clip=0.5)),
-        Cell(D, Setup("t5", stage=3, zero_init=True, sub_group_size=600)),
+        Cell(D, Setup("t5", stage=3, zero_init=True, sub_group_size=300)),
         Cell(F, Setup("t5", stage=3, accumulation=2)),
         Cell(D, Setup("gpt2", stage=2), block={"compat": "original"}),
         Cell(D, Setup("gpt2", stage=3, bf16=True), block={"compat": "original"}),
-        Cell(D, Setup("gpt2", stage=3, optimizer=ADAM_L2, sub_group_size=700)),
+        Cell(D, Setup("gpt2", stage=3, optimizer=ADAM_L2, sub_group_size=350)),
         Cell(D, Setup("gpt2", stage=1, optimizer=SGD, clip=0.5)),
         Cell(D, Setup("gpt2", stage=2, optimizer=ADAGRAD)),
     ]
@@ -84,7 +84,7 @@ def chosen_cells() -> list[Cell]:
         # Squares of single micro-batches underflow, so they are refused; on one rank, a global batch is a micro-batch.
         fisher = {"fisher": {"estimator": "per_global_batch"}}
         for stage in (0, 1, 2, 3):
-            setup = Setup("llama", stage=stage, fp16=True, sub_group_size=300)
+            setup = Setup("llama", stage=stage, fp16=True, sub_group_size=150)
             cells += [Cell(F, setup), Cell(D, setup, world_size=1, block=fisher)]
     return cells
 

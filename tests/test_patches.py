@@ -38,7 +38,7 @@ SLOW = Optimizer(params={"lr": 1e-4, "eps": 1e-3, "torch_adam": True})
 SETUPS = [
     Setup(stage=0),
     Setup(stage=2, bf16=True, optimizer=SLOW),
-    Setup(stage=3, bf16=True, optimizer=SLOW, sub_group_size=400),
+    Setup(stage=3, bf16=True, optimizer=SLOW, sub_group_size=200),
 ]
 
 

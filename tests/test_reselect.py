@@ -29,11 +29,11 @@ SETUPS = {
     "masters-zero1": replace(BASE, stage=1, clip=100.0),
     "gradients-zero1": replace(BASE, stage=1),
     "moments-zero2-offload": replace(BASE, stage=2, offload=True),
-    "moments-zero3": replace(BASE, stage=3, clip=100.0, sub_group_size=300),  # it clips nothing
+    "moments-zero3": replace(BASE, stage=3, clip=100.0, sub_group_size=150),  # it clips nothing
     "masters-zero2-bf16": replace(BASE, stage=2, bf16=True, clip=100.0),
     "gradients-zero2-bf16": replace(BASE, stage=2, bf16=True),
-    "gradients-zero3": replace(BASE, stage=3, sub_group_size=300),
-    "gradients-zero3-bf16": replace(BASE, stage=3, bf16=True, sub_group_size=300),
+    "gradients-zero3": replace(BASE, stage=3, sub_group_size=150),
+    "gradients-zero3-bf16": replace(BASE, stage=3, bf16=True, sub_group_size=150),
 }
 
 
@@ -159,7 +159,7 @@ HALF = {
     **{name: setup for name, setup in SETUPS.items() if name != "moments-zero3"},
     "moments-zero0": replace(BASE, stage=0),
     "dense-zero2": replace(BASE, stage=2),
-    "dense-zero3": replace(BASE, stage=3, sub_group_size=300),
+    "dense-zero3": replace(BASE, stage=3, sub_group_size=150),
 }
 HALF = {
     name: replace(setup, no_decay=("norm",)) for name, setup in HALF.items()

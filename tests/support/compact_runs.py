@@ -70,12 +70,12 @@ def run(case: Case, optimizer_state: str, clip: str | None = None) -> Run:
     with engine_of(setup) as engine:
         steps = iter(range(100))
 
-        def train() -> None:
-            for _ in range(STEPS):
+        def train(count: int = STEPS) -> None:
+            for _ in range(count):
                 train_step(engine, share(setup, next(steps), setup.accumulation * dist.get_world_size()))
 
         if case.past:
-            train()
+            train(1)
         block = {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": optimizer_state, "clip": clip}
         child = ds_childtune.attach(engine, block)
         start, phases = master_weights(engine), []
@@ -95,7 +95,7 @@ def run(case: Case, optimizer_state: str, clip: str | None = None) -> Run:
                 flat_state = sum(bool(state.get(s.tensor)) for s in shards)
         child.detach()
         if case.after:
-            train()
+            train(1)
         phases.append(Phase(master_weights(engine), model_weights(engine), {}))
         return Run(parts, start, phases, state_numel, child_numel, flat_state)
 
@@ -130,21 +130,21 @@ CASES = {
     "zero2-offload-cpuadam": Case(replace(CLIPPED, stage=2, offload=True, optimizer=FUSED), False),
     "zero3-clipped-odd": Case(replace(CLIPPED, stage=3, family="odd"), False),
     "zero3-clipped-bf16": Case(
-        replace(CLIPPED, stage=3, bf16=True, zero_init=True, persistence_threshold=50, sub_group_size=900), False
+        replace(CLIPPED, stage=3, bf16=True, zero_init=True, persistence_threshold=50, sub_group_size=450), False
     ),
     "zero3-offload-cpuadam": Case(replace(CLIPPED, stage=3, offload=True, optimizer=FUSED), False),
     "zero3-odd": Case(replace(BASE, stage=3, family="odd", persistence_threshold=8, sub_group_size=20), True),
-    "zero3-sub-groups": Case(replace(BASE, stage=3, sub_group_size=700, no_decay=("bias",)), True),
+    "zero3-sub-groups": Case(replace(BASE, stage=3, sub_group_size=350, no_decay=("bias",)), True),
     "zero3-t5-sgd": Case(replace(BASE, stage=3, family="t5", optimizer=SGD), True),
-    "zero3-llama-adagrad": Case(replace(BASE, stage=3, family="llama", optimizer=ADAGRAD, sub_group_size=300), True),
+    "zero3-llama-adagrad": Case(replace(BASE, stage=3, family="llama", optimizer=ADAGRAD, sub_group_size=150), True),
     "zero3-bf16-odd-fused": replace(
         FROM_START, setup=replace(BASE, stage=3, bf16=True, family="odd", optimizer=FUSED, sub_group_size=20)
     ),
     "zero3-bf16-fp32-accumulation": replace(
-        FROM_START, setup=replace(BASE, stage=3, bf16=True, fp32_accumulation=True, sub_group_size=900)
+        FROM_START, setup=replace(BASE, stage=3, bf16=True, fp32_accumulation=True, sub_group_size=450)
     ),
     "zero3-bf16-zero-init": Case(
-        replace(BASE, stage=3, bf16=True, zero_init=True, persistence_threshold=50, sub_group_size=900),
+        replace(BASE, stage=3, bf16=True, zero_init=True, persistence_threshold=50, sub_group_size=450),
         True,
         past=False,
         after=False,

@@ -51,7 +51,7 @@ class Setup:
     offload: bool = False
     sub_group_size: int = 1_000_000_000
     persistence_threshold: int = 0
-    bucket: int = 400
+    bucket: int = 350
     """Elements of a communication bucket. Small, so that every pass fills several."""
     overlap_comm: bool = False
     """Reduce on a separate stream. Without effect on CPUs."""

@@ -18,7 +18,7 @@ from tests.support.reference import distance
 N = 2
 """Steps before the checkpoint, and after it."""
 
-BASE = Setup("gpt2", clip=0.5, dropout=0.2, schedule=True, sub_group_size=700)
+BASE = Setup("gpt2", clip=0.5, dropout=0.2, schedule=True, sub_group_size=350)
 
 
 @dataclass(frozen=True)
