@@ -97,6 +97,11 @@ class ChildTuningConfig(_Block):
     Every rank then keeps every rank's mask: at ZeRO-3 an eighth of a byte for each element of the model, at most; at ZeRO-1 and 2
     four bytes for each element of the child. `whole`: whole gradients, as plain DeepSpeed, and no masks of others."""
 
+    finite_check_every: Annotated[int, Field(ge=1)] | None = None
+    """ChildTuning-D: in every so many steps look for NaN and inf in whole gradients, outside the child too, and end training with an
+    error that names the parameters. Null, the default, does not look: where gradients are compact, DeepSpeed then sees the child's
+    only, and others can do no harm to the weights. Not with fp16, whose loss scale makes gradients overflow on purpose."""
+
     compat: Literal["original"] | None = None
     """`original`: with ChildTuning-D, weight decay moves the elements outside the child too, as in the original code."""
 
@@ -114,7 +119,7 @@ class ChildTuningConfig(_Block):
     @model_validator(mode="after")
     def _keys_of_the_other_mode(self) -> Self:
         if self.mode == "ChildTuning-F":
-            for key in ("others", "selector", "clip", "sends", "compat", "fisher"):
+            for key in ("others", "selector", "clip", "sends", "finite_check_every", "compat", "fisher"):
                 if key in self.model_fields_set:
                     raise ValueError(
                         f'{key} has no effect with mode "ChildTuning-F": remove it, or use mode "ChildTuning-D"'

@@ -15,6 +15,7 @@ from ds_childtune.attachment import Attachment
 from ds_childtune.checkpoint.run_record import Progress
 from ds_childtune.child.compact import CompactChild
 from ds_childtune.child.dense import DenseChild
+from ds_childtune.child.finite_check import FiniteCheck
 from ds_childtune.child.network import ChildNetwork, FixedChild, Group, Stepped
 from ds_childtune.child.self_check import SelfCheck
 from ds_childtune.child.step_numbers import StepMeter, StepNumbers
@@ -45,6 +46,7 @@ class StepHooks:
         self.kept: list[int] = []
         """Eligible elements inside a fixed child, for each of the optimizer's parameters, over all ranks."""
         self._self_check: SelfCheck | None = None
+        self._finite_check: FiniteCheck | None = None
         self._overrides: list[_Override] = []
         """On DeepSpeed's objects, for the child that trains."""
         self._stepped: set[Tensor] = set()
@@ -108,6 +110,7 @@ class StepHooks:
         self._override(child)
         # The original lets weight decay move what is outside the child: there is nothing to check then.
         self._self_check = SelfCheck() if config.compat is None else None
+        self._look_for_nan()
         self.kept = counts.over_ranks()
 
     def _counted(self, masks: Iterable[Tensor], counts: KeptCounts) -> Iterator[Tensor]:
@@ -124,6 +127,14 @@ class StepHooks:
             return DenseChild(shards, masks, base, behaviour, decay_outside=config.compat == "original")
         previous = cast("CompactChild | None", self.child)  # as the config says
         return CompactChild.made(shards, masks, base, compact.plumbing, previous, behaviour.rest_values)
+
+    def _look_for_nan(self) -> None:
+        """In the steps of `child_tuning.finite_check_every`, and not in a Fisher pass before."""
+        if self._finite_check is not None:
+            self._finite_check.end()
+        every = self._attachment.config.finite_check_every
+        parameters = self._attachment.parameters.by_name
+        self._finite_check = FiniteCheck(parameters, every) if every is not None and self._fixed is not None else None
 
     def _override(self, child: FixedChild) -> None:
         engine = self._attachment.engine
@@ -157,6 +168,7 @@ class StepHooks:
         self._take_back_overrides()
         self._shard_of = {s.tensor: s for s in self._attachment.shards}
         self.child = self._fixed = self._self_check = None
+        self._look_for_nan()
         self.kept = []
 
     def adopt(self, progress: Progress) -> None:
@@ -170,6 +182,8 @@ class StepHooks:
         if self._fixed is not None:
             self._fixed.release()
         self._take_back_overrides()
+        if self._finite_check is not None:
+            self._finite_check.end()
         for handle in self._handles:
             handle.remove()
 
@@ -178,6 +192,8 @@ class StepHooks:
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         child = self.chosen_child()
         child.recover()
+        if not self._stepped:
+            self._judge_gradients()
         stepped = [Stepped(group, self._shards_in(group)) for group in optimizer.param_groups]
         stepped = [each for each in stepped if each.shards]
         shards = [shard for each in stepped for shard in each.shards]
@@ -254,6 +270,14 @@ class StepHooks:
                 self._self_check = None
         check.count_step()
 
+    def _judge_gradients(self) -> None:
+        """Before anything has moved. A collective in the steps that the config says."""
+        check, step = self._finite_check, self.progress.step + 1
+        if check is not None and check.looks_at(step):
+            verdict = check.verdict(device())
+            sum_over_ranks(verdict)
+            check.judge(verdict.tolist(), step)
+
     def _shards_in(self, group: Group) -> list[FlatShard]:
         return [self._known(tensor) for tensor in group["params"] if self._is_stepped(tensor)]
 
@@ -278,6 +302,8 @@ class StepHooks:
         if (problem := missing_groups(engine)) is not None:
             raise RuntimeError(f"ChildTuner: {problem}")
         self._warn_of_thawed()
+        if self._finite_check is not None and self._finite_check.looks_at(self.progress.step + 1):
+            self._finite_check.begin()
         if self.progress.step == 0 and applied_steps(engine) > self._steps_at_start:
             raise RuntimeError(
                 "ds_childtune self-check: DeepSpeed applied a step, but its base optimizer's step hooks did not fire, so no"

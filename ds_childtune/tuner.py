@@ -58,7 +58,7 @@ from ds_childtune.zero.engine import (
 from ds_childtune.zero.flat_shards import read_flat_shards, read_parameters
 from ds_childtune.zero.layout_check import check_layout
 from ds_childtune.zero.masters import separate_masters, share_masters
-from ds_childtune.zero.supported import check_engine, refuse_unsupported_engine
+from ds_childtune.zero.supported import check_engine, refuse_finite_check, refuse_unsupported_engine
 
 
 def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = None) -> ChildTuner:
@@ -88,6 +88,8 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
         shards = mark_eligible(read_flat_shards(engine, parameters), eligible)
         if parsed.clip == "child":
             refuse_unsupported_clip(engine)
+        if parsed.finite_check_every is not None:
+            refuse_finite_check(engine)
         refuse_lean(engine, compact=parsed.optimizer_state == "compact", clip=parsed.clip)
         check_layout(engine, parameters.by_name, shards)
         with kept_random_states():

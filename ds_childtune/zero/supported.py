@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ds_childtune.ranks import raise_together
 from ds_childtune.zero.config_reading import ConfigReading
-from ds_childtune.zero.engine import Engine, Wrapper, base_optimizer, wrapped_groups, wrapper_of
+from ds_childtune.zero.engine import Engine, Wrapper, base_optimizer, model_dtype, wrapped_groups, wrapper_of
 
 
 def check_engine(given: object) -> None:
@@ -211,6 +212,15 @@ def refuse_unsupported_engine(engine: Engine) -> None:
     for refusal in REFUSALS:
         if refusal.on_engine(engine):
             raise NotImplementedError(refusal(type(base).__name__, type(engine.optimizer).__name__))
+
+
+def refuse_finite_check(engine: Engine) -> None:
+    """Raise NotImplementedError, with a remedy, where gradients that are not finite say nothing."""
+    if model_dtype(engine) is torch.float16:
+        raise NotImplementedError(
+            "ds_childtune does not support child_tuning.finite_check_every with fp16, whose loss scale is raised until gradients"
+            " overflow. Remedy: use bf16, or remove child_tuning.finite_check_every."
+        )
 
 
 def refused_in(config: ConfigReading) -> list[str]:

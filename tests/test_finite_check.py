@@ -1,0 +1,74 @@
+"""`finite_check_every`: NaN outside the child, which compact gradients do not have, ends training in the steps that are looked at."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ds_childtune
+from ds_childtune.zero.supported import refuse_finite_check
+from tests.support.bits import equal_bits
+from tests.support.engines import Setup, Weights, engine_of, model_weights, train_step
+from tests.support.ranks import RankPool
+from tests.support.resuming import share
+
+SETUP = Setup("llama", bf16=True, accumulation=2)
+BLOCK = {"mode": "ChildTuning-D", "reserve_p": 0.3, "optimizer_state": "compact", "selector": "random"}
+EVERY = 3
+
+NAME = "model.layers.0.self_attn.q_proj.weight"
+
+
+def spoilt(setup: Setup, every: int | None, bad: dict[int, float], last: int = 4) -> tuple[str, Weights]:
+    """The error of some steps, and the weights. `bad`: what rank 1's gradient is at one element outside the child, by step."""
+    torch.manual_seed(0)
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, BLOCK | {"finite_check_every": every})
+        child.select()
+        outside = int((~child.gather_mask(NAME)).flatten().nonzero()[0])
+        now = [1]
+
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            if dist.get_rank() == 1 and now[0] in bad:
+                gradient = gradient.clone()
+                gradient.view(-1)[outside] = bad[now[0]]
+            return gradient
+
+        engine.module.get_parameter(NAME).register_hook(spoil)
+        try:
+            for now[0] in range(1, last + 1):
+                train_step(engine, share(setup, now[0], 2 * setup.accumulation))
+        except RuntimeError as error:
+            return str(error), model_weights(engine)
+        return "", model_weights(engine)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_nan_outside_the_child(pool: RankPool, stage: int) -> None:
+    setup = replace(SETUP, stage=stage)
+    end, two_steps = (pool[2].run(spoilt, setup, None, {}, last) for last in (4, 2))
+    # The third step is looked at, and not the others.
+    for bad, every, found in (
+        ({3: float("nan")}, EVERY, True),
+        ({3: float("-inf")}, EVERY, True),
+        ({1: float("nan"), 2: float("inf"), 4: float("nan")}, EVERY, False),
+        ({3: float("nan")}, None, False),
+    ):
+        expected = two_steps if found else end
+        for (_, weights), (error, got) in zip(expected, pool[2].run(spoilt, setup, every, bad), strict=True):
+            assert equal_bits(weights, got)
+            assert (f"in step 3, got NaN or inf in those of 1 parameters ({NAME})" in error) == found, bad
+            assert found or not error
+
+
+def test_the_remedy_is_to_remove_the_key_with_fp16() -> None:
+    engine: Any = SimpleNamespace(get_data_types=lambda: (torch.float16, torch.float32))
+    with pytest.raises(NotImplementedError, match="remove child_tuning"):
+        refuse_finite_check(engine)
+    engine.get_data_types = lambda: (torch.bfloat16, torch.float32)
+    refuse_finite_check(engine)
