@@ -1,19 +1,29 @@
 """Where every rank's child lies at ZeRO 1 and 2: which elements of each parameter's gradient go to which rank.
 
-[Note: rows of the child]
-At ZeRO 1 and 2 a rank owns one partition of each group's flat buffer, and of that the child's elements. Every rank has whole gradients
-and whole weights, so once it knows all ranks' indices, only the child needs to be sent. What is sent is a matrix with a row for each
-owner, in the order of its child shards, padded to the longest row, so that one reduce-scatter gives each owner its sum, and one
-all-gather gives all ranks the owners' weights:
+[Note: the child in one row]
+At ZeRO 1 and 2 a rank owns one partition of each group's flat buffer, and of that the child's elements. Every rank has whole
+gradients and whole weights, so once it knows all ranks' indices, only the child needs to be sent. What is sent is a row of all owners'
+children, each in the order of its child shards. Collectives cut it into equal chunks, one a rank. Where owners have about as much
+each, their parts are padded to the longest, so that each chunk is what one rank owns:
 
-    row 0    | group 0's child on rank 0 | group 1's | pad |
-    row 1    | group 0's child on rank 1        | group 1's |
+    | rank 0: group 0's child, group 1's, pad | rank 1: group 0's child, group 1's, pad |
 
-The indices are shared once. They are as large as the matrix, int32, and this rank's row takes the place of its child shards' own.
+One reduce-scatter then gives each owner its sum, and one all-gather gives all ranks the owners' weights. A child that is dense in some
+layers and thin in others would be mostly padding. There the parts follow one another, and an all-to-all takes sums from the ranks
+whose chunks they are in to their owners, and weights back:
+
+    | rank 0: group 0's child, group 1's             | rank 1: both | pad |
+    | chunk of rank 0             | chunk of rank 1                       |
+
+Gloo's reduce-scatter is an all-reduce inside, which sends twice as much. There ranks exchange chunks and add them up, in fp32. And its
+exchanges use one direction of a link at a time, so several of them run side by side.
+
+The indices are shared once. They are as large as the row, int32, and this rank's part takes the place of its child shards' indices.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +47,7 @@ class Piece:
     numel: int
     """Of the part."""
     start: int
-    """In the flattened matrix."""
+    """In the row."""
 
     def of(self, gradient: Tensor) -> Tensor:
         """The child's elements of a parameter's flattened gradient."""
@@ -45,8 +55,47 @@ class Piece:
         return part if self.index.numel() == self.numel else part.index_select(0, self.index - self.shard_start)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How the row is cut. See [Note: the child in one row]."""
+
+    owned: Sequence[int]
+    """Elements that each rank owns."""
+    starts: Sequence[int]
+    """Where they begin in the row."""
+    chunk: int
+    """Elements of each rank's chunk."""
+    padded: bool
+    """Whether each rank's part begins at its chunk, so that chunks need not be taken to owners."""
+
+    @classmethod
+    def of(cls, owned: Sequence[int]) -> Cut:
+        """The one with the least to send, a few per cent apart."""
+        ranks, longest = len(owned), max(owned)
+        if longest * ranks <= _PADDED * sum(owned):
+            return cls(owned, [rank * longest for rank in range(ranks)], longest, padded=True)
+        starts = [0, *itertools.accumulate(owned)][:-1]
+        return cls(owned, starts, -(-sum(owned) // ranks), padded=False)
+
+    def from_chunk(self, rank: int) -> list[int]:
+        """Elements of this rank's chunk that each rank owns."""
+        return [self._common(rank, owner) for owner in range(len(self.owned))]
+
+    def to_owner(self, rank: int) -> list[int]:
+        """Elements of each rank's chunk that this rank owns."""
+        return [self._common(holder, rank) for holder in range(len(self.owned))]
+
+    def _common(self, holder: int, owner: int) -> int:
+        first = max(self.starts[owner], holder * self.chunk)
+        return max(0, min(self.starts[owner] + self.owned[owner], (holder + 1) * self.chunk) - first)
+
+
+_PADDED = 1.05
+"""How much longer than the child a padded row may be."""
+
+
 class ChildLayout:
-    """See [Note: rows of the child]. Making one is a collective."""
+    """See [Note: the child in one row]. Making one is a collective."""
 
     def __init__(self, optimizer: Any, shards: Sequence[ChildShard]) -> None:
         """
@@ -57,13 +106,15 @@ class ChildLayout:
         from deepspeed import comm as dist
 
         self._group = optimizer.dp_process_group
-        self.ranks, self.rank = dist.get_world_size(group=self._group), dist.get_rank(group=self._group)
+        self.ranks = int(dist.get_world_size(group=self._group))
+        self.rank = int(dist.get_rank(group=self._group))
+        self._on_gloo = torch.distributed.get_backend(self._group) == "gloo"
         self._sizes = [int(size) for size in optimizer.partition_size]
         mine = torch.tensor([shard.index.numel() for shard in shards], device=shards[0].index.device)
         counts = mine.new_empty(self.ranks * len(shards))
         dist.all_gather_into_tensor(counts, mine, group=self._group)
         self._counts: list[list[int]] = counts.view(self.ranks, -1).tolist()
-        self.columns = max(sum(row) for row in self._counts)
+        self._cut = Cut.of([sum(row) for row in self._counts])
         self._index = self._shared([shard.index for shard in shards])
         for shard, view in zip(shards, self._parts(self._index, self.rank), strict=True):
             shard.index.data = view
@@ -77,55 +128,101 @@ class ChildLayout:
         """Elements of this rank's child, by group."""
         return self._counts[self.rank]
 
-    def reduce(self, matrix: Tensor) -> Tensor:
-        """This rank's row of the sum of all ranks' matrices, both flattened. A collective."""
+    @property
+    def numel(self) -> int:
+        """Of the row."""
+        return self.ranks * self._cut.chunk
+
+    def reduce(self, row: Tensor) -> Tensor:
+        """What this rank owns of the sum of all ranks' rows, 1-D; its size is at least the sum of `mine`. A collective."""
         from deepspeed import comm as dist
 
         if self.ranks == 1:
-            return matrix
-        row = matrix.new_empty(self.columns)
-        dist.reduce_scatter_tensor(row, matrix, group=self._group)
-        return row
+            return row
+        if self._on_gloo:
+            chunk = self._exchanged(row)
+        else:
+            chunk = row.new_empty(self._cut.chunk)
+            dist.reduce_scatter_tensor(chunk, row, group=self._group)
+        if self._cut.padded:
+            return chunk
+        theirs, ours = self._cut.from_chunk(self.rank), self._cut.to_owner(self.rank)
+        owned = row.new_empty(sum(ours))
+        dist.all_to_all_single(owned, chunk.narrow(0, 0, sum(theirs)), ours, theirs, group=self._group)
+        return owned
 
-    def spread(self, row: Tensor, flats: Sequence[Tensor]) -> None:
-        """Put each rank's row into every rank's flat buffers, by group, except this rank's own. A collective."""
-        from deepspeed import comm as dist
+    def spread(self, owned: Tensor, flats: Sequence[Tensor]) -> None:
+        """Put what each rank owns into every other rank's flat buffers, by group. A collective.
 
+        Args:
+            owned: 1-D, as many elements as the sum of `mine`.
+        """
         if self.ranks == 1:
             return
-        matrix = row.new_empty(self.ranks * self.columns)
-        dist.all_gather_into_tensor(matrix, row, group=self._group)
+        row = self._gathered(owned)
         for owner in range(self.ranks):
             if owner == self.rank:
                 continue
-            parts = zip(flats, self._sizes, self._parts(self._index, owner), self._parts(matrix, owner), strict=True)
+            parts = zip(flats, self._sizes, self._parts(self._index, owner), self._parts(row, owner), strict=True)
             for flat, size, index, values in parts:
                 put_(flat.narrow(0, owner * size, size), index, values)
 
-    def _shared(self, mine: Sequence[Tensor]) -> Tensor:
-        """All ranks' indices, as the flattened matrix."""
+    def _gathered(self, owned: Tensor) -> Tensor:
+        """The row, of what each rank owns. A collective."""
         from deepspeed import comm as dist
 
-        row = mine[0] if len(mine) == 1 else torch.cat(list(mine))
-        if self.ranks == 1:
+        chunk = owned.new_empty(self._cut.chunk)
+        if self._cut.padded:
+            chunk.narrow(0, 0, owned.numel()).copy_(owned)
+        else:
+            theirs, ours = self._cut.from_chunk(self.rank), self._cut.to_owner(self.rank)
+            dist.all_to_all_single(chunk.narrow(0, 0, sum(theirs)), owned, theirs, ours, group=self._group)
+        row = owned.new_empty(self.numel)
+        if not self._on_gloo:
+            dist.all_gather_into_tensor(row, chunk, group=self._group)
             return row
-        row = torch.nn.functional.pad(row, (0, self.columns - row.numel()))
-        matrix = row.new_empty(self.ranks * self.columns)
-        dist.all_gather_into_tensor(matrix, row, group=self._group)
-        return matrix
+        parts = chunk.split(self._segment)
+        gathered = [part.new_empty(self.ranks * part.numel()) for part in parts]
+        pairs = zip(gathered, parts, strict=True)
+        for handle in [dist.all_gather_into_tensor(g, p, group=self._group, async_op=True) for g, p in pairs]:
+            handle.wait()
+        columns = [g.view(self.ranks, p.numel()) for g, p in zip(gathered, parts, strict=True)]
+        return torch.cat(columns, 1, out=row.view(self.ranks, self._cut.chunk)).view(-1)
 
-    def _parts(self, matrix: Tensor, owner: int) -> Iterator[Tensor]:
-        """Views of one rank's row, by group."""
-        start = owner * self.columns
+    def _exchanged(self, row: Tensor) -> Tensor:
+        """This rank's chunk of the sum of all ranks' rows. A collective."""
+        from deepspeed import comm as dist
+
+        sent = [part.contiguous() for part in row.view(self.ranks, self._cut.chunk).split(self._segment, 1)]
+        received = [torch.empty_like(part) for part in sent]
+        pairs = zip(received, sent, strict=True)
+        for handle in [dist.all_to_all_single(r, s, group=self._group, async_op=True) for r, s in pairs]:
+            handle.wait()
+        # Two terms are then added as in their dtype, and more of them better.
+        return torch.cat([part.sum(0, dtype=torch.float32).to(row.dtype) for part in received])
+
+    @property
+    def _segment(self) -> int:
+        """Elements of a chunk in one of several collectives."""
+        return max(-(-self._cut.chunk // 8), 1 << 16)
+
+    def _shared(self, mine: Sequence[Tensor]) -> Tensor:
+        """All ranks' indices, as a row. A collective."""
+        owned = mine[0] if len(mine) == 1 else torch.cat(list(mine))
+        return owned if self.ranks == 1 else self._gathered(owned)
+
+    def _parts(self, row: Tensor, owner: int) -> Iterator[Tensor]:
+        """Views of what one rank owns, by group."""
+        start = self._cut.starts[owner]
         for count in self._counts[owner]:
-            yield matrix.narrow(0, start, count)
+            yield row.narrow(0, start, count)
             start += count
 
     def _find_pieces(self, group: int, params: Sequence[Any], offsets: Sequence[int]) -> None:
         size = self._sizes[group]
         for owner in range(self.ranks):
             index = list(self._parts(self._index, owner))[group]
-            row_start = owner * self.columns + sum(self._counts[owner][:group])
+            row_start = self._cut.starts[owner] + sum(self._counts[owner][:group])
             before = owner * size
             spans = [
                 (param, offset, max(offset - before, 0), min(offset + param.numel() - before, size))

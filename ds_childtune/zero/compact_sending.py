@@ -1,7 +1,7 @@
 """Compact masters and gradients at ZeRO 1 and 2: ranks send each other only the child.
 
 [Note: ZeRO-2 sends the child]
-Every rank knows which elements of each parameter are the child's, and whose (see [Note: rows of the child]). Overridden are:
+Every rank knows which elements of each parameter are the child's, and whose (see [Note: the child in one row]). Overridden are:
 
     process_gradients, reduce_ready_...        take the child's elements of a gradient as soon as it is whole, add them up on this
                                                rank, and free the gradient: from the first micro-batch on nothing else is kept
@@ -51,7 +51,7 @@ class SendingPlumbing(ZeroTwoPlumbing):
         super().__init__(engine)
         self._layout: ChildLayout | None = None
         self._sum: Tensor | None = None
-        """This rank's gradients since the last reduction, as the layout's matrix."""
+        """This rank's gradients since the last reduction, as the layout's row."""
         self._stream: Any = None
         """That it was last written on."""
 
@@ -81,7 +81,7 @@ class SendingPlumbing(ZeroTwoPlumbing):
     # ---------------------------------------------------------------- gradients
 
     @property
-    def _rows(self) -> ChildLayout:
+    def _installed(self) -> ChildLayout:
         assert self._layout is not None, "not installed"
         return self._layout
 
@@ -90,22 +90,20 @@ class SendingPlumbing(ZeroTwoPlumbing):
         # Not yet where a loop over one computation makes a gradient in parts, which autograd adds up.
         if param.grad is None or not getattr(param, "ds_grad_is_ready", True):
             return
-        pieces = self._rows.pieces.get(id(param), ())
+        pieces = self._installed.pieces.get(id(param), ())
         if pieces:
-            matrix = self._followed()
+            row = self._followed()
             gradient = (param.grad.to_dense() if param.grad.is_sparse else param.grad).reshape(-1)
             for piece in pieces:
-                matrix.narrow(0, piece.start, piece.index.numel()).add_(piece.of(gradient))
+                row.narrow(0, piece.start, piece.index.numel()).add_(piece.of(gradient))
         param.grad = None
 
     def _followed(self) -> Tensor:
         """The sum so far, safe to use on the current stream: a backward pass may run on several."""
         stream = get_accelerator().current_stream()
         if self._sum is None:
-            rows = self._rows
-            self._sum = torch.zeros(
-                rows.ranks * rows.columns, dtype=self._optimizer.dtype, device=self._shards[0].index.device
-            )
+            device = self._shards[0].index.device
+            self._sum = torch.zeros(self._installed.numel, dtype=self._optimizer.dtype, device=device)
         elif stream != self._stream and not get_accelerator().resolves_data_dependency():
             stream.wait_stream(self._stream)
             self._sum.record_stream(stream)
@@ -129,7 +127,7 @@ class SendingPlumbing(ZeroTwoPlumbing):
         optimizer = self._optimizer
         mine, self._sum = self._averaged(self._followed()), None
         start = 0
-        for i, count in enumerate(self._rows.mine):
+        for i, count in enumerate(self._installed.mine):
             part = mine.narrow(0, start, count)
             before = optimizer.averaged_gradients.get(i)
             # A backward pass may end in several parts, as with reentrant checkpoints. Another one replaces it, as in DeepSpeed.
@@ -138,25 +136,25 @@ class SendingPlumbing(ZeroTwoPlumbing):
             optimizer.averaged_gradients[i] = Gradients(part)
             start += count
 
-    def _averaged(self, matrix: Tensor) -> Tensor:
-        """This rank's row of the average over ranks, in the order of operations of `average_tensor`."""
-        optimizer, ranks, dtype = self._optimizer, self._rows.ranks, matrix.dtype
+    def _averaged(self, row: Tensor) -> Tensor:
+        """What this rank owns of the average over ranks, in the order of operations of `average_tensor`."""
+        optimizer, ranks, dtype = self._optimizer, self._installed.ranks, row.dtype
         # Under torch.autocast parameters may differ in it.
         sent = next(iter(optimizer.ipg_buckets)) if len(optimizer.ipg_buckets) == 1 else torch.float32
         if optimizer.reduce_scatter:
             if optimizer.gradient_average:
-                matrix.div_(float(ranks))
-            return self._rows.reduce(matrix.to(sent)).to(dtype)
-        matrix = matrix.to(sent)
+                row.div_(float(ranks))
+            return self._installed.reduce(row.to(sent)).to(dtype)
+        row = row.to(sent)
         if not optimizer.gradient_average:
-            return self._rows.reduce(matrix).to(dtype)
+            return self._installed.reduce(row).to(dtype)
         if not optimizer.postscale_gradients:
-            return self._rows.reduce(matrix.div_(float(ranks))).to(dtype)
+            return self._installed.reduce(row.div_(float(ranks))).to(dtype)
         before = optimizer.gradient_predivide_factor
         if before != 1.0:
-            matrix.mul_(1.0 / before)
-        row = self._rows.reduce(matrix)
-        return (row.mul_(before / float(ranks)) if before != ranks else row).to(dtype)
+            row.mul_(1.0 / before)
+        mine = self._installed.reduce(row)
+        return (mine.mul_(before / float(ranks)) if before != ranks else mine).to(dtype)
 
     def _zero_grad(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._sum = None
@@ -165,22 +163,22 @@ class SendingPlumbing(ZeroTwoPlumbing):
     # ---------------------------------------------------------------- the step
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        optimizer, rows = self._optimizer, self._rows
+        optimizer, layout = self._optimizer, self._installed
         flats = optimizer.bit16_groups_flat
-        row = torch.empty(rows.columns, dtype=flats[0].dtype, device=flats[0].device)
-        sent: Sequence[Tensor] = row.narrow(0, 0, sum(rows.mine)).split(rows.mine)
+        owned = torch.empty(sum(layout.mine), dtype=flats[0].dtype, device=flats[0].device)
+        sent: Sequence[Tensor] = owned.split(layout.mine)
         with Overrides() as put:
             put.attribute(optimizer, "single_partition_of_fp32_groups", [s.tensor for s in self._shards])
-            put.attribute(optimizer, "partition_size", rows.mine)
+            put.attribute(optimizer, "partition_size", layout.mine)
             # DeepSpeed copies masters into this rank's, and gathers as many groups as there are flat buffers.
-            put.attribute(optimizer, "parallel_partitioned_bit16_groups", [[part] * rows.ranks for part in sent])
+            put.attribute(optimizer, "parallel_partitioned_bit16_groups", [[part] * layout.ranks for part in sent])
             put.attribute(optimizer, "bit16_groups_flat", [])
             put.method(optimizer, "_update_model_bit16_weights", _nothing)
             put.method(optimizer, "_lazy_init_hp_params_optimizer_state", _nothing)
             result = original(*args, **kwargs)
         if not optimizer.overflow:
             with torch.no_grad():
-                rows.spread(row, flats)
+                layout.spread(owned, flats)
         return result
 
 
