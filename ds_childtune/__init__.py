@@ -13,6 +13,7 @@ from ds_childtune.child_files.merge import compose, merge
 from ds_childtune.child_files.patches import CheckpointWeightPatch
 from ds_childtune.child_files.reader import SavedChild, open_child
 from ds_childtune.config import ChildTuningConfig, FisherConfig
+from ds_childtune.ranks import limit_waits
 from ds_childtune.report import ParameterReport, Report
 from ds_childtune.tuner import ChildTuner, attach
 from ds_childtune.zero.compact_parts import can_start_lean
@@ -39,6 +40,7 @@ __all__ = [
     "can_start_lean",
     "compose",
     "lean_start",
+    "limit_waits",
     "merge",
     "open_child",
 ]

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,20 @@ _PATIENCE = 60.0
 
 _agreements = itertools.count()
 """Numbers `raise_together`, alike on every rank."""
+
+
+def limit_waits(seconds: float) -> None:
+    """Let a collective that waits longer than this for another rank raise, in every process group that there is now.
+
+    DeepSpeed makes more groups, in which torch's default of 30 minutes (10 with NCCL) holds, whatever `init_distributed` was given. So
+    call it after `deepspeed.initialize`, on every rank.
+    """
+    from torch.distributed import distributed_c10d as c10d
+
+    if not seconds > 0:
+        raise ValueError(f"limit_waits: expected seconds above 0, got {seconds!r}. Remedy: pass for example 600.")
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def device() -> torch.device:

@@ -92,6 +92,10 @@ class Arguments:
         Literal["auto", "bf16", "fp32"], _help("auto: the DeepSpeed config's on a GPU, fp32 on a CPU.")
     ] = "auto"
 
+    timeout: Annotated[
+        float | None, _help("Seconds that a rank waits for another one before the run ends [1800; NCCL: 600].")
+    ] = None
+
     ds_config: Annotated[Path, _help("DeepSpeed config; flags override it.")] = (
         Path(__file__).parents[1] / "ds_configs" / "zero3_child_d.json"
     )
@@ -119,6 +123,7 @@ class Arguments:
             ("lora_rank", self.lora_rank),
             ("r_drop", self.r_drop),
             ("layer_decay", self.layer_decay),
+            ("timeout", self.timeout),
         ):
             if positive is not None and positive <= 0:
                 raise ValueError(f"--{name.replace('_', '-')}: expected more than 0, got {positive}.")

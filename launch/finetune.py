@@ -209,6 +209,8 @@ def start_engine(args: Arguments, config: dict[str, Any], model: nn.Module, step
             config=config,
             lr_scheduler=None if "scheduler" in config else lambda optimizer: LambdaLR(optimizer, linear),
         )
+    if args.timeout is not None:
+        ds_childtune.limit_waits(args.timeout)
     return engine
 
 

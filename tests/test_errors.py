@@ -25,7 +25,7 @@ from tests.support import reference
 from tests.support.engines import Optimizer, Setup, engine_of, master_weights, on_device, train_step
 from tests.support.models import Batch, batches, build, deal
 from tests.support.parity import oracle_fisher
-from tests.support.ranks import RankPool
+from tests.support.ranks import CASE_SECONDS, RankPool
 from tests.support.reference import distance, worst_difference
 
 F, D = "ChildTuning-F", "ChildTuning-D"
@@ -618,3 +618,27 @@ def test_what_is_not_an_engine(pool: RankPool) -> None:
 def test_what_is_not_an_engine_before_there_is_a_process_group() -> None:
     with pytest.raises(ValueError, match="expected a DeepSpeedEngine, got OddModel"):
         ds_childtune.attach(build("odd"), CHILD_F)
+
+
+def wait_for_nobody() -> str:
+    """What rank 0 is told in a collective that rank 1 does not join."""
+    group = dist.new_group(range(WORLD_SIZE))
+    dist.barrier(group)
+    try:
+        ds_childtune.limit_waits(0.5)
+        if dist.get_rank() == 0:
+            dist.barrier(group)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        ds_childtune.limit_waits(10 * CASE_SECONDS)
+        dist.barrier()
+    return ""
+
+
+def test_waits_are_limited_in_groups_that_were_made_before(pool: RankPool) -> None:
+    said, nothing = pool[WORLD_SIZE].run(wait_for_nobody, seconds=60)
+    assert "500ms" in said
+    assert nothing == ""
+    with pytest.raises(ValueError, match="above 0, got 0"):
+        ds_childtune.limit_waits(0)

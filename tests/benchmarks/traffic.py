@@ -1,6 +1,7 @@
 """Bytes that a rank sends in a training step, plain DeepSpeed against a compact child.
 
     python -m tests.benchmarks.traffic
+    python -m tests.benchmarks.traffic --chart docs/traffic.png
 
 Counted, not timed: see `tests.support.traffic`. A small random Llama in bf16; every parameter is eligible.
 """
@@ -79,15 +80,60 @@ def step_of(size: str, stage: int, accumulation: int, p: float | None) -> dict[s
         engine.destroy()
 
 
-def table(rows: dict[tuple[int, str], dict[str, float]]) -> str:
-    lines = ["| ZeRO | | all-reduce | reduce-scatter | all-gather | all | of plain | live tensors |", "|" + "---|" * 8]
+Rows = dict[tuple[int, str], dict[str, float]]
+"""By stage and contender, as `step_of`."""
+
+
+def kinds_of(rows: Rows) -> list[str]:
+    """Kinds of collective that somebody uses for more than numbers such as the norm."""
+    found = [kind for of in rows.values() for kind, count in of.items() if kind != "live" and count >= 0.0005]
+    return sorted(set(found))
+
+
+def total(of: dict[str, float]) -> float:
+    return sum(count for kind, count in of.items() if kind != "live")
+
+
+def table(rows: Rows) -> str:
+    kinds = kinds_of(rows)
+    head = ["ZeRO", "", *kinds, "all", "of plain", "live tensors"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for (stage, name), found in rows.items():
-        kinds = [found.get(kind, 0.0) for kind in ("all-reduce", "reduce-scatter", "all-gather")]
-        total = sum(value for kind, value in found.items() if kind != "live")
-        plain = sum(value for kind, value in rows[stage, "plain"].items() if kind != "live")
-        cells = [*(f"{value:.3f}" for value in kinds), f"{total:.3f}", f"{total / plain:.3f}x", f"{found['live']:.2f}"]
+        plain = total(rows[stage, "plain"])
+        ratio = total(found) / plain if plain else 0.0  # one rank sends nothing
+        cells = [*(f"{found.get(kind, 0.0):.3f}" for kind in kinds), f"{total(found):.3f}", f"{ratio:.3f}x"]
+        cells.append(f"{found['live']:.2f}")
         lines.append(f"| {stage} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def draw(rows: Rows, path: Path, title: str) -> None:
+    """Bars of bytes per parameter, by stage and contender, in parts by kind of collective."""
+    from matplotlib.figure import Figure
+
+    colours = {"all-reduce": "#4477aa", "reduce-scatter": "#ee9944", "all-gather": "#44aa88", "all-to-all": "#aa4477"}
+    figure: Any = Figure(figsize=(8.0, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    places = [i + 0.7 * stage for i, (stage, _) in enumerate(rows)]
+    below = [0.0] * len(rows)
+    for kind in kinds_of(rows):
+        heights = [of.get(kind, 0.0) for of in rows.values()]
+        axes.bar(places, heights, bottom=below, width=0.8, label=kind, color=colours.get(kind, "0.5"))
+        below = [a + b for a, b in zip(below, heights, strict=True)]
+    for place, top in zip(places, below, strict=True):
+        axes.text(place, top + 0.06, f"{top:.2f}", ha="center", fontsize=8)
+    axes.set_xticks(places, [name.removeprefix("compact, ") for _, name in rows], rotation=45, ha="right", fontsize=8)
+    stages = sorted({stage for stage, _ in rows})
+    for stage in stages:
+        of = [place for place, (each, _) in zip(places, rows, strict=True) if each == stage]
+        axes.text(
+            sum(of) / len(of), 1.02, f"ZeRO-{stage}", transform=axes.get_xaxis_transform(), ha="center", fontsize=9
+        )
+    axes.set_ylabel("bytes per parameter and step")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -97,8 +143,9 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--stages", default="0,1,2,3")
     parser.add_argument("--p", default="0.05,0.1,0.3")
+    parser.add_argument("--chart", type=Path, help="write a picture, too; needs matplotlib")
     args = parser.parse_args()
-    rows: dict[tuple[int, str], dict[str, float]] = {}
+    rows: Rows = {}
     ranks = Ranks(args.ranks)
     try:
         for stage in map(int, args.stages.split(",")):
@@ -119,6 +166,9 @@ def main() -> None:
         f" {os.cpu_count()} cores, commit {head.stdout.strip()}, {time.strftime('%Y-%m-%d')}\n"
     )
     print(table(rows))
+    if args.chart is not None:
+        title = f"What a rank sends in a training step: bf16, {args.ranks} ranks, every parameter eligible"
+        draw(rows, args.chart, title)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection
 from multiprocessing.context import BaseContext
@@ -34,6 +35,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+
+from tests.support.hosts import INTERFACE, Hosts
 
 T = TypeVar("T")
 
@@ -51,8 +54,10 @@ class RankFailure(Exception):
 class Ranks:
     """`world_size` processes in one process group, each of them ready to run a function."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, hosts: Hosts | None = None) -> None:
+        """`hosts`: each rank runs on one of these, and the store on the first."""
         self.world_size = world_size
+        self._hosts = hosts
         self._processes: list[Any] = []
         self._pipes: list[connection.Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -105,16 +110,23 @@ class Ranks:
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
         # In this process, so that it outlives a rank; in no file, as tests forbid ranks to write.
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        with self._hosts.inside(0) if self._hosts else contextlib.nullcontext():
+            self._store = dist.TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
         context = forked() if get_accelerator().device_name() == "cpu" else multiprocessing.get_context("spawn")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            arguments = (rank, self.world_size, self._folder.name, self._store.port, theirs)
+            group = _Group(self.world_size, self._address, self._store.port, self._hosts)
+            arguments = (rank, group, self._folder.name, theirs)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
+
+    @property
+    def _address(self) -> str:
+        """Of the store."""
+        return "127.0.0.1" if self._hosts is None else self._hosts.address(0)
 
     def close(self) -> None:
         """End the processes, in order: each destroys its process group."""
@@ -163,8 +175,23 @@ def _stderr_path(folder: str, rank: int) -> Path:
     return Path(folder) / f"stderr-{rank}"
 
 
-def _serve(rank: int, world_size: int, folder: str, port: int, pipe: connection.Connection) -> None:
+@dataclass(frozen=True)
+class _Group:
+    """What a process needs to know in order to join."""
+
+    world_size: int
+    address: str
+    """Of the store."""
+    port: int
+    hosts: Hosts | None
+
+
+def _serve(rank: int, group: _Group, folder: str, pipe: connection.Connection) -> None:
     """The life of one process: join the group, run what comes, leave the group."""
+    world_size = group.world_size
+    if group.hosts is not None:
+        group.hosts.enter(rank)
+        os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
     with _stderr_path(folder, rank).open("w", buffering=1) as stderr:
         os.dup2(stderr.fileno(), 2)
         faulthandler.enable()
@@ -172,7 +199,7 @@ def _serve(rank: int, world_size: int, folder: str, port: int, pipe: connection.
         _set_environment(rank, world_size)
         # DeepSpeed would compile its shared-memory op, for a collective that training does not use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False)
+        store = dist.TCPStore(group.address, group.port, world_size, is_master=False)
         # Longer than any case: it is the parent who notices a hang, and says where.
         limit = timedelta(seconds=10 * CASE_SECONDS)
         dist.init_process_group(_backend(world_size), store=store, rank=rank, world_size=world_size, timeout=limit)
