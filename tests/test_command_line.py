@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
 import pytest
@@ -28,7 +28,7 @@ from ds_childtune.commands.plots import Cell, HeatMap, density_cells
 from ds_childtune.config import parse_config
 from ds_childtune.planning.model import ModelOutline
 from ds_childtune.planning.plan import Planned
-from ds_childtune.zero.compact_parts import CompactParts, compact_parts
+from ds_childtune.zero.compact_parts import Compactness, CompactParts, compact_parts
 from ds_childtune.zero.config_reading import ConfigReading
 from ds_childtune.zero.settings import Settings
 from ds_childtune.zero.supported import REFUSALS, refused_in
@@ -298,6 +298,23 @@ def test_a_config_is_read_as_its_engine_is(pool: RankPool) -> None:
         expected = Settings.of_config(ConfigReading(SETUPS[name].config()))
         assert expected == settings, name
         assert compact_parts(expected, None).text == text, name
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_whole_gradients_are_sent_where_a_config_asks(stage: int) -> None:
+    def found(sends: Literal["child", "whole"], **zero: Any) -> Compactness:
+        config = {"zero_optimization": {"stage": stage, **zero}, "gradient_clipping": 0.0}
+        return compact_parts(Settings.of_config(ConfigReading(config)), None, sends)
+
+    assert found("child").sends_child
+    whole = found("whole")
+    assert not whole.sends_child
+    assert 'child_tuning.sends is "whole"' in whole.text
+    assert whole.parts == ("moments, masters and gradients" if stage == 3 else "moments and masters")
+    if stage == 3:
+        quantized = found("child", zero_quantized_gradients=True)
+        assert not quantized.sends_child
+        assert "zero_quantized_gradients" in quantized.text
 
 
 # ---------------------------------------------------------------- plan

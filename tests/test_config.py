@@ -26,6 +26,9 @@ GOOD: dict[str, Any] = {"mode": "ChildTuning-D", "reserve_p": 0.2}
         ({"include": []}, ["include", "empty"]),
         ({"mode": "ChildTuning-F", "compat": "original"}, ["compat", "no effect"]),
         ({"mode": "ChildTuning-F", "clip": "child"}, ["clip", "no effect"]),
+        ({"mode": "ChildTuning-F", "sends": "whole"}, ["sends", "no effect"]),
+        ({"sends": "whole"}, ["sends", "no effect", 'use "compact"']),
+        ({"sends": "nothing", "optimizer_state": "compact"}, ["sends", "nothing"]),
         ({"clip": "whole"}, ["child_tuning.clip", "whole", "dense"]),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import ds_childtune
 from ds_childtune.zero.calibration import _end_pass
@@ -359,29 +361,20 @@ def test_bytes_at_zero3_against_plain(pool: RankPool) -> None:
     assert child < 0.72 * plain
 
 
-def four_at_zero3(setup: Setup, optimizer_state: str) -> tuple[Weights, list[int]]:
-    with chosen(setup, optimizer_state) as (engine, child):
-        for step in range(3):
-            train_step(engine, share(setup, step, setup.accumulation * 4))
-        shards = getattr(child._hooks.child, "shards", {})
-        return model_weights(engine), [s.index.numel() for s in shards.values()]
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-def test_zero3_of_four_ranks_of_which_some_own_nothing(pool: RankPool, bf16: bool) -> None:
+def test_zero3_of_four_ranks_of_which_some_own_nothing(pool: RankPool) -> None:
     """A sum of four may be added in another order: equal to a few units in the last place."""
-    setup = replace(BASE, stage=3, bf16=bf16, family="odd", sub_group_size=5)
-    dense, compact = (pool[4].run(four_at_zero3, setup, state) for state in ("dense", "compact"))
+    setup = replace(BASE, stage=3, family="odd", sub_group_size=5)
+    dense, compact = (pool[4].run(four, setup, state) for state in ("dense", "compact"))
     assert 0 in [count for _, counts in compact for count in counts], "vacuous: every rank owns something"
-    rtol, atol = (2e-2, 1e-3) if bf16 else (1e-5, 1e-6)
     for (expected, _), (got, _) in zip(dense, compact, strict=True):
         for n, w in expected.items():
-            torch.testing.assert_close(got[n], w, rtol=rtol, atol=atol, msg=n)
+            torch.testing.assert_close(got[n], w, rtol=1e-5, atol=1e-6, msg=n)
 
 
 @pytest.mark.parametrize("name", sorted({*WAYS} - {"without_sync"}))
 def test_other_ways_to_a_step_at_zero3(pool: RankPool, name: str) -> None:
-    setup = replace(BASE, stage=3, family="gpt2", accumulation=1)
+    # One bucket, so that something is left in it when a backward pass is interrupted.
+    setup = replace(BASE, stage=3, family="gpt2", accumulation=1, bucket=10_000)
     for a, b in zip(*(pool[2].run(after, setup, state, name) for state in ("dense", "compact")), strict=True):
         assert [n for n, w in a.items() if not torch.equal(w, b[n])] == []
 
@@ -442,3 +435,74 @@ def test_variants_of_zero3(pool: RankPool) -> None:
             assert any(not torch.equal(w, before[n]) for n, w in expected.items()), f"{name}, vacuous"
         wire = [dense[name][1] for name in ("fp32", "bf16 on the wire")]
         assert any(not torch.equal(w, wire[1][n]) for n, w in wire[0].items()), "vacuous"
+
+
+class Shared(OddModel):
+    """A layer that is used three times, each under activation checkpointing."""
+
+    reentrant = True
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__(dropout)
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(7, 7)])
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        hidden = self.embed(x.to(self.head.weight.dtype))
+        for _ in range(3):
+            hidden = checkpoint(self.blocks[0], hidden, use_reentrant=self.reentrant)
+        return torch.nn.functional.mse_loss(self.head(hidden).squeeze(-1).float(), y.float())
+
+
+def shared_layer(setup: Setup, optimizer_state: str, reentrant: bool) -> tuple[str, Weights]:
+    """What is raised, and weights after some steps."""
+    models.FAMILIES["shared"] = replace(models.FAMILIES["odd"], build=Shared)
+    try:
+        with chosen(replace(setup, family="shared"), optimizer_state) as (engine, _):
+            engine.module.reentrant = reentrant
+            try:
+                for step in range(2):
+                    train_step(engine, share(replace(setup, family="odd"), step, 2))
+            except RuntimeError as error:
+                return str(error), {}
+            return "", model_weights(engine)
+    finally:
+        del models.FAMILIES["shared"]
+
+
+def test_a_gradient_that_comes_in_parts_at_zero3(pool: RankPool) -> None:
+    """Under reentrant checkpointing: refused, as by plain DeepSpeed, with remedies that work."""
+    setup = Setup(stage=3, bucket=10_000)
+    for said, _ in pool[2].run(shared_layer, setup, "compact", True):
+        assert "got two of one of shape (7, 7)" in said
+        assert "use_reentrant=False" in said
+    dense, compact = (pool[2].run(shared_layer, setup, state, False) for state in ("dense", "compact"))
+    below = pool[2].run(shared_layer, replace(setup, stage=2), "compact", True)
+    for (_, expected), (said, got), (said_below, got_below) in zip(dense, compact, below, strict=True):
+        assert said == said_below == ""
+        assert all(torch.equal(w, got[n]) for n, w in expected.items())
+        assert all(torch.allclose(w, got_below[n], 1e-4, 1e-5) for n, w in expected.items())
+
+
+def resumed(folder: str, sends: tuple[str, str]) -> Weights:
+    """Three steps, saved after the first and gone on with in another engine."""
+    setup = replace(BASE, stage=3, bf16=True, family="odd")
+    for number, each in enumerate(sends):
+        with engine_of(setup) as engine:
+            child = ds_childtune.attach(engine, BLOCK | {"optimizer_state": "compact", "sends": each})
+            if number:
+                engine.load_checkpoint(folder)
+            else:
+                child.select()
+            for step in (1, 2) if number else (0,):
+                train_step(engine, share(setup, step, 2 * setup.accumulation))
+            engine.save_checkpoint(folder)
+            weights = model_weights(engine)
+    return weights
+
+
+def test_what_is_sent_may_change_at_a_resume(pool: RankPool, tmp_path: Path) -> None:
+    runs = [("child", "child"), ("whole", "child"), ("child", "whole")]
+    first, *others = (pool[2].run(resumed, str(tmp_path / "-".join(sends)), sends) for sends in runs)
+    for other in others:
+        for expected, got in zip(first, other, strict=True):
+            assert all(torch.equal(w, got[n]) for n, w in expected.items())
