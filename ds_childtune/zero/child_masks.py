@@ -14,6 +14,7 @@ order are also in the order of their owners.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,9 +100,10 @@ class ParameterChild:
     def _places(self, first: int, rows: int, count: int) -> Tensor:
         """int64 [count]: the child's elements in the partitions of `rows` ranks from `first` on, from the first of these on."""
         assert self.bits is not None
-        bits = self.bits[first : first + rows].unsqueeze(-1)
-        mask = bits.bitwise_right_shift(_shifts(bits.device)).bitwise_and_(1).flatten(1)
-        mask = mask[:, : self.partition].reshape(-1).view(torch.bool)
+        bits = self.bits[first : first + rows]
+        # Eight bools for each byte, which is an eighth of the work of shifting bits.
+        mask = _bools(bits.device).index_select(0, bits.flatten().int()).view(torch.bool).view(len(bits), -1)
+        mask = mask[:, : self.partition].reshape(-1)
         if mask.is_cuda and _CUDA_WAITS:
             return torch.nonzero(mask).view(-1)
         return torch.nonzero_static(mask, size=count).view(-1)
@@ -113,6 +115,13 @@ _CUDA_WAITS = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2
 
 def _shifts(device: torch.device) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=device)
+
+
+@functools.cache
+def _bools(device: torch.device) -> Tensor:
+    """int64 [256]: each byte's bits as eight bools, the lowest first."""
+    bits = torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(1).bitwise_right_shift(_shifts(device))
+    return bits.bitwise_and_(1).view(torch.int64).view(-1)
 
 
 @dataclass(frozen=True)
