@@ -129,6 +129,7 @@ def draw(rows: Rows, path: Path, title: str) -> None:
         axes.text(
             sum(of) / len(of), 1.02, f"ZeRO-{stage}", transform=axes.get_xaxis_transform(), ha="center", fontsize=9
         )
+    axes.set_ylim(top=1.08 * max(below))
     axes.set_ylabel("bytes per parameter and step")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
