@@ -7,6 +7,7 @@ child.select(calibration_batches)        # ChildTuning-D
 from typing import TYPE_CHECKING, Any
 
 from ds_childtune._version import __version__
+from ds_childtune._versions import SUPPORTED as _SUPPORTED  # noqa: F401 # checks them, before DeepSpeed is imported
 from ds_childtune.child_files.apply import AppliedChild, apply_child
 from ds_childtune.child_files.format import ChildFileError
 from ds_childtune.child_files.merge import compose, merge

@@ -23,6 +23,7 @@ QUICK = (
     "test_calibration.py::test_ranks_that_use_different_parameters",
     "test_calibration.py::test_squares_are_reduced_in_fp32",
     "test_calibration.py::test_an_exception_in_the_pass_s_backward",
+    "test_callback.py::test_loggers_see_the_child",
     "test_callers.py::test_a_parameter_that_is_frozen_later",
     "test_checkpoint.py::test_a_resumed_run_is_the_uninterrupted_one[zero3-all-compact-bf16",
     "test_clip.py::test_the_child_s_norm_is_clipped",

@@ -32,6 +32,7 @@ from tests.support.documentation import (
 )
 from tests.support.ranks import RankPool
 from tests.support.study_jobs import study
+from tests.versions import SETS
 
 sys.path.insert(0, str(ROOT / "launch"))
 from arguments import Arguments, command
@@ -135,6 +136,8 @@ def check_script(script: str, words: list[str]) -> None:
         assert len(words) == 2, words
     elif script.startswith("launch/"):
         parse_finetune(words)
+    elif script == "tests/versions.py":
+        assert set(words) <= set(SETS), words
     elif script.startswith("tests/benchmarks/"):
         assert {word for word in words if word.startswith("--")} <= options_of(path), words
     else:
