@@ -55,15 +55,16 @@ def arguments_of(arm: Arm, folder: Path, steps: int) -> Arguments:
 
 
 def finished(args: Arguments) -> dict[str, Any] | None:
-    """The result of a run with these options, if there is one."""
+    """The result of a run with these options, if there is one. An option that it does not know had no effect on it."""
     assert args.results is not None
+    wanted = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()}
     lines = args.results.read_text().splitlines() if args.results.exists() else []
     for line in reversed(lines):
         try:
             result: dict[str, Any] = json.loads(line)
         except json.JSONDecodeError:  # a crash cut it short
             continue
-        if result["arguments"] == {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}:
+        if all(wanted.get(key) == value for key, value in result["arguments"].items()):
             return result
     return None
 
@@ -130,7 +131,7 @@ def main(
         found = {arm: finished(arguments_of(arm, folder, steps)) for arm in ARMS}
         if missing := [arm for arm, result in found.items() if result is None]:
             raise FileNotFoundError(
-                f"{folder}: expected results of both runs, got none of {' and '.join(missing)}."
+                f"{folder}: expected results of {steps} steps of both runs, got none of {' and '.join(missing)}."
                 " Remedy: bash launch/demo_lm.sh runs them."
             )
         Console(width=None if sys.stdout.isatty() else 120).print(summary(found, folder), highlight=False)  # type: ignore[arg-type]
@@ -148,4 +149,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    app()

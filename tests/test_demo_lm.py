@@ -109,6 +109,9 @@ def test_a_run_that_is_there_is_not_run_again(results: Results, folder: Path) ->
     assert found is not None
     assert found["metrics"] == results["child"][0]["metrics"]
     assert demo_lm.finished(replace(args, max_steps=4)) is None
+    older = {key: value for key, value in results["child"][0]["arguments"].items() if key != "packing"}
+    args.results.write_text(json.dumps(results["child"][0] | {"arguments": older}))
+    assert demo_lm.finished(args) is not None, "made before an option was there"
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
