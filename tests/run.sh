@@ -11,7 +11,13 @@ if [[ " $* " != *" --quick "* ]] || [ ! -x .venv/bin/pytest ]; then
   .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 fi
 export PATH="$PWD/.venv/bin:$PATH" DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+build=""
+if [[ " $* " != *" --quick "* ]]; then
+  MAX_JOBS=1 python -m tests.build_ops >/dev/null 2>&1 &
+  build=$!
+fi
 ruff check .
 ruff format --check .
 mypy
+[ -z "$build" ] || wait "$build" || true
 exec python -m pytest "$@"
