@@ -28,9 +28,11 @@ def tensor_bytes() -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some objects warn when they are looked at
         for thing in gc.get_objects():
-            if isinstance(thing, torch.Tensor) and thing.layout == torch.strided and not thing.is_meta:
+            if isinstance(thing, torch.Tensor) and thing.layout == torch.strided:
                 storage = thing.untyped_storage()
-                sizes[storage.data_ptr()] = storage.nbytes()
+                # torch.compile leaves tensors without data behind: they say "cpu", but their storage is meta.
+                if storage.device.type != "meta":
+                    sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from rich.console import Console
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.support import finetune_jobs
 from tests.support.finetune_jobs import ROOT, WORDS, make_inputs
@@ -22,6 +23,7 @@ from tests.support.ranks import RankPool
 
 sys.path.insert(0, str(ROOT / "launch"))
 import demo_lm  # noqa: E402
+import memory_use  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,16 @@ def test_the_child_holds_a_tenth(results: Results) -> None:
     assert held["child"] == 12 * round(child[0]["density"] * child[0]["trainable"])
     assert held["plain"] >= 12 * plain[0]["trainable"]
     assert child[0]["tensor_bytes"] < plain[0]["tensor_bytes"] < plain[0]["peak_bytes"]
+
+
+def test_a_storage_counts_once_and_a_tensor_without_data_not_at_all() -> None:
+    before = memory_use.tensor_bytes()
+    with FakeTensorMode():  # as torch.compile leaves them behind
+        fake = torch.ones(1000)
+    real = torch.ones(1000)
+    view = real[1:]
+    assert memory_use.tensor_bytes() - before == 4000
+    assert fake.numel() > view.numel()  # both were alive
 
 
 def test_a_run_that_is_there_is_not_run_again(results: Results, folder: Path) -> None:
