@@ -132,7 +132,7 @@ def test_a_step_sends_the_child_once(pool: RankPool, stage: int, world_size: int
     Where ranks own less than others, as with only the second block eligible, what they have in excess of an equal share of it all
     goes to its owner and back, too.
     """
-    setup = replace(BASE, stage=stage, bf16=True, family="llama", accumulation=3, no_decay=("norm",))
+    setup = replace(BASE, stage=stage, bf16=True, family="llama-2-blocks", accumulation=3, no_decay=("norm",))
     for moved, calls, counts, kept in pool[world_size].run(sent, setup, [include]):
         numel, even = sum(counts), max(counts) * world_size <= 1.05 * sum(counts)
         assert even == (include == "*"), "vacuous: of both kinds there is a cell"

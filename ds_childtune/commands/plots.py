@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,8 @@ def draw(heat: HeatMap, path: Path, title: str, colour: str) -> None:
             "--plot: expected parameters in repeated layers, got none. Remedy: leave it out; --parameters has a line for each."
         )
     width = max(7.0, 2.6 + 0.42 * len(heat.columns))
-    height = max(2.6, 1.5 + 0.36 * len(heat.rows))
+    title = textwrap.fill(title, int(8.5 * width))  # in one line two long paths would leave no room for the picture
+    height = max(2.6, 1.5 + 0.36 * len(heat.rows)) + 0.2 * title.count("\n")
     figure: Any = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot(facecolor="0.93")
     finite = [share for row in heat.shares for share in row if share == share]

@@ -82,13 +82,13 @@ def _gpt2(dropout: float, blocks: int = 1) -> nn.Module:
     return transformers.GPT2LMHeadModel(config)
 
 
-def _llama(dropout: float) -> nn.Module:
+def _llama(dropout: float, blocks: int = 1) -> nn.Module:
     """No biases, hence no gradient that is zero in exact arithmetic."""
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=9,
         intermediate_size=13,
-        num_hidden_layers=1,
+        num_hidden_layers=blocks,
         num_attention_heads=3,
         num_key_value_heads=1,
         head_dim=2,
@@ -245,6 +245,7 @@ FAMILIES = {
     "gpt2": Family(_gpt2, ("transformer.h.",), _causal_batch),
     "gpt2-2-blocks": Family(functools.partial(_gpt2, blocks=2), ("transformer.h.",), _causal_batch),
     "llama": Family(_llama, ("model.layers.",), _causal_batch),
+    "llama-2-blocks": Family(functools.partial(_llama, blocks=2), ("model.layers.",), _causal_batch),
     "bert": Family(_bert, ("bert.encoder.layer.",), _classified_batch),
     "t5": Family(_t5, ("encoder.block.", "decoder.block."), _translated_batch),
     "odd": Family(OddModel, ("blocks.",), _regression_batch),
