@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from ds_childtune.zero.calibration import _end_pass
 from ds_childtune.zero.child_layout import ChildLayout, Cut
 from tests.benchmarks.traffic import step_of
 from tests.support import models
+from tests.support.alive import Alive
 from tests.support.compact_runs import BASE, CLIPPED, FROM_START, SGD, Case, check, run, share
 from tests.support.engines import Setup, Weights, engine_of, model_weights, on_device, train_step
 from tests.support.models import OddBlock, OddModel
@@ -151,30 +153,36 @@ class Segments(ChildLayout):
     """With what matters to how a row is sent."""
 
     def __init__(self, owned: list[int]) -> None:
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
         self._group, self._on_gloo = dist.group.WORLD, True
         self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
         self._counts, self._cut = [[count] for count in owned], Cut.of(owned)
 
 
-def sent_in_segments(owned: list[int]) -> tuple[Tensor, Tensor, int]:
-    """What this rank owns of the sum, and the row that it becomes again; collectives of one kind."""
+def sent_in_segments(owned: list[int]) -> tuple[Tensor, Tensor, int, list[int]]:
+    """What this rank owns of the sum, and the row that it becomes again; collectives of one kind; bytes that each of both made."""
     layout = Segments(owned)
     row = torch.arange(layout.numel, dtype=torch.float32) % 1000 * (layout.rank + 1)
+    reducing, gathering = Alive(), Alive()
     with Traffic() as traffic:
-        mine = layout.reduce(row)[: owned[layout.rank]]
-        return mine, layout._gathered(mine), traffic.calls["all-gather"]
+        with reducing:
+            mine = layout.reduce(row)[: owned[layout.rank]]
+        with gathering:
+            whole = layout._gathered(mine)
+        return mine, whole, traffic.calls["all-gather"], [reducing.peak, gathering.peak]
 
 
-@pytest.mark.parametrize("owned", [[300_000, 300_001], [600_000, 7], [0, 200_000], [0, 0]])
+@pytest.mark.parametrize("owned", [[300_000, 300_001], [1_000_000, 1_000_001], [600_000, 7], [0, 200_000], [0, 0]])
 def test_a_long_row_is_sent_in_segments(pool: RankPool, owned: list[int]) -> None:
     cut, found = Cut.of(owned), pool[2].run(sent_in_segments, owned)
     whole = torch.arange(2 * cut.chunk) % 1000 * 3.0
-    for rank, (mine, row, calls) in enumerate(found):
+    for rank, (mine, row, calls, peaks) in enumerate(found):
         start, end = cut.starts[rank], cut.starts[rank] + owned[rank]
         assert torch.equal(mine, whole[start:end])
         for first, count in zip(cut.starts, owned, strict=True):
             assert torch.equal(row[first : first + count], whole[first : first + count])
         assert calls > 1 or sum(owned) < 300_000, "vacuous: one segment"
+        assert sum(owned) < 2_000_000 or max(peaks) < 2 * 4 * whole.numel(), "one row, a chunk, and a few segments"
 
 
 owners = st.lists(st.integers(0, 50), min_size=1, max_size=9).filter(any)

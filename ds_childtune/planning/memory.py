@@ -37,7 +37,7 @@ _TILE = 1 << 20
 """Elements that selection works on at a time."""
 _NONZERO_TILE = 1 << 24
 """Elements of a mask that become an int64 index at a time."""
-_INDEX, _FP32, _INT64 = 4, 4, 8
+_INDEX, _FP32, _FP64, _INT64 = 4, 4, 8, 8
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,9 @@ def _selection(own: Shares, run: Run, start: Phase) -> Phase:
         )
         moments["index"] = before + mask + index
     live = sum(kept.values())
+    if run.sends_child and run.stage < 3:
+        # This rank's indices, and its chunk of the row of all ranks' that is kept.
+        moments["sending indices"] = live + 2 * _INDEX * own.child
     return Phase("selection", kept, {name: most - live for name, most in moments.items()}, start.host)
 
 
@@ -226,9 +229,11 @@ def _steps(own: Shares, run: Run) -> Phase:
     if run.stage in (1, 2):
         bucket = run.weight * run.bucket * run.buckets
         whole = run.accumulated * own.shard if run.stage == 2 else run.weight * own.trainable
-        if run.parts == "moments, masters and gradients":  # of all ranks' children
-            whole, bucket = run.accumulated * own.child * run.world_size, 0
         backward = whole + bucket + run.weight * own.largest
+        if run.parts == "moments, masters and gradients":
+            # Of all ranks' children, and then this rank's chunk of the sum, and what it owns of that.
+            row = run.weight * own.child
+            backward = row * run.world_size + max(run.weight * own.largest, 2 * row)
     elif run.stage == 3 and run.sends_child:
         # What is taken of gradients, the same by owner, and the bits of a parameter while they are read.
         backward += 2 * run.weight * min(run.bucket, own.child * run.world_size) + 2 * min(own.largest, _TILE)
@@ -253,10 +258,12 @@ def _in_the_step(own: Shares, run: Run) -> int:
         # They are taken out of small parameters, which are not whole in this moment.
         return round(max(run.accumulated * stepped + fp32, fp32 + inside + optimizer)) - _whole(own, run)
     if run.parts == "moments, masters and gradients":
-        # What is sent, and then the same of all ranks; gradients that came, in fp32, and what the optimizer needs.
-        stepped = max(run.accumulated + _FP32, _FP32 + run.temporaries) * own.child
+        # Beside new weights that will be sent: DeepSpeed's norm, the step, then this rank's chunk and all ranks' new weights.
+        owned = run.weight * own.child
         tile = (_INT64 + run.weight) * min(_TILE, own.child)  # scattered at once
-        return round(run.weight * own.child + max(stepped, run.weight * own.child * run.world_size) + tile)
+        norm = (run.accumulated + _FP64) * own.child
+        stepped = max(run.accumulated * own.child, run.temporaries * own.child, tile) + _FP32 * own.child
+        return owned + max(norm, stepped, owned * run.world_size + max(owned, tile))
     flat = 2 * run.accumulated * own.shard if run.stage else run.weight * own.trainable * (3 if gradients else 1)
     if run.parts == "moments and masters":
         stepped = _FP32 * own.child

@@ -16,7 +16,7 @@ whose chunks they are in to their owners, and weights back:
     | chunk of rank 0             | chunk of rank 1                       |
 
 Gloo's reduce-scatter is an all-reduce inside, which sends twice as much. There ranks exchange chunks and add them up, in fp32. And its
-exchanges use one direction of a link at a time, so several of them run side by side.
+exchanges use one direction of a link at a time, so a row is sent in segments, a few of them side by side.
 
 The indices are shared once. They are as large as the row, int32, and this rank's part takes the place of its child shards' indices.
 """
@@ -24,7 +24,8 @@ The indices are shared once. They are as large as the row, int32, and this rank'
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,8 @@ class Cut:
 
 _PADDED = 1.05
 """How much longer than the child a padded row may be."""
+_SIDE_BY_SIDE = 4
+"""Segments that are sent at a time: twice gloo's threads, which so never wait."""
 
 
 class ChildLayout:
@@ -181,30 +184,49 @@ class ChildLayout:
         if not self._on_gloo:
             dist.all_gather_into_tensor(row, chunk, group=self._group)
             return row
-        parts = chunk.split(self._segment)
-        gathered = [part.new_empty(self.ranks * part.numel()) for part in parts]
-        pairs = zip(gathered, parts, strict=True)
-        for handle in [dist.all_gather_into_tensor(g, p, group=self._group, async_op=True) for g, p in pairs]:
-            handle.wait()
-        columns = [g.view(self.ranks, p.numel()) for g, p in zip(gathered, parts, strict=True)]
-        return torch.cat(columns, 1, out=row.view(self.ranks, self._cut.chunk)).view(-1)
+
+        def start(segment: slice) -> tuple[Any, Tensor]:
+            part = chunk[segment]
+            gathered = part.new_empty(self.ranks * part.numel())
+            return dist.all_gather_into_tensor(gathered, part, group=self._group, async_op=True), gathered
+
+        columns = row.view(self.ranks, self._cut.chunk)
+        for segment, gathered in self._in_segments(start):
+            columns[:, segment].copy_(gathered.view(self.ranks, -1))
+        return row
 
     def _exchanged(self, row: Tensor) -> Tensor:
         """This rank's chunk of the sum of all ranks' rows. A collective."""
         from deepspeed import comm as dist
 
-        sent = [part.contiguous() for part in row.view(self.ranks, self._cut.chunk).split(self._segment, 1)]
-        received = [torch.empty_like(part) for part in sent]
-        pairs = zip(received, sent, strict=True)
-        for handle in [dist.all_to_all_single(r, s, group=self._group, async_op=True) for r, s in pairs]:
-            handle.wait()
-        # Two terms are then added as in their dtype, and more of them better.
-        return torch.cat([part.sum(0, dtype=torch.float32).to(row.dtype) for part in received])
+        columns, chunk = row.view(self.ranks, self._cut.chunk), row.new_empty(self._cut.chunk)
 
-    @property
-    def _segment(self) -> int:
-        """Elements of a chunk in one of several collectives."""
-        return max(-(-self._cut.chunk // 8), 1 << 16)
+        def start(segment: slice) -> tuple[Any, Tensor]:
+            part = columns[:, segment].contiguous()
+            received = torch.empty_like(part)
+            return dist.all_to_all_single(received, part, group=self._group, async_op=True), received
+
+        for segment, received in self._in_segments(start):
+            # Two terms are then added as in their dtype, and more of them better.
+            chunk[segment].copy_(received.sum(0, dtype=torch.float32))
+        return chunk
+
+    def _in_segments(self, start: Callable[[slice], tuple[Any, Tensor]]) -> Iterator[tuple[slice, Tensor]]:
+        """Run collectives on segments of all chunks, a few side by side, so that only those need buffers.
+
+        Args:
+            start: starts the one of a segment, and returns its handle and the tensor that it fills.
+        """
+        numel = self._cut.chunk
+        size = max(-(-numel // 32), 1 << 16)
+        running: deque[tuple[slice, Any, Tensor]] = deque()
+        for first in range(0, numel, size):
+            segment = slice(first, min(first + size, numel))
+            running.append((segment, *start(segment)))
+            if len(running) == _SIDE_BY_SIDE:
+                yield _ended(*running.popleft())
+        while running:
+            yield _ended(*running.popleft())
 
     def _shared(self, mine: Sequence[Tensor]) -> Tensor:
         """All ranks' indices, as a row. A collective."""
@@ -235,3 +257,8 @@ class ChildLayout:
                 if first < last:
                     piece = Piece(index[first:last], start, start + before - offset, end - start, row_start + first)
                     self.pieces.setdefault(id(param), []).append(piece)
+
+
+def _ended(segment: slice, handle: Any, filled: Tensor) -> tuple[slice, Tensor]:
+    handle.wait()
+    return segment, filled
