@@ -183,10 +183,17 @@ def test_check_says_how_much_is_compact(tmp_path: Path) -> None:
     found = answer("check", written(tmp_path, compact))
     assert 'unless child_tuning.clip is "child"' in found["compact"]
     assert not found["lean_start"]
+    assert "gradient_clipping" in found["lean_start_reason"]
+    stage_2 = {"child_tuning": D | {"optimizer_state": "compact", "clip": "child"}, "zero_optimization": {"stage": 2}}
+    assert (
+        answer("check", written(tmp_path, CONFIG | stage_2))["lean_start_reason"] == "zero_optimization.stage is not 3"
+    )
+    assert "cannot be used: zero_optimization.stage" in invoke("check", tmp_path / "ds_config.json").output
     deep = CONFIG | {"child_tuning": D | {"optimizer_state": "compact", "clip": "child"}}
     found = answer("check", written(tmp_path, deep))
     assert found["compact"].startswith("moments, masters and gradients")
     assert found["lean_start"]
+    assert found["lean_start_reason"] is None
 
 
 def test_check_names_the_keys_that_the_trainer_fills_in(tmp_path: Path) -> None:
@@ -573,3 +580,16 @@ def test_export_says_what_it_needs(prepared: Path, tmp_path: Path, bert: Path, l
         assert isinstance(error, ValueError), checkpoint
         assert "Remedy" in str(error)
     assert not (tmp_path / "alone").exists()
+
+
+def test_a_folder_of_checkpoints_or_a_checkpoint_in_place_of_an_export(prepared: Path, tmp_path: Path) -> None:
+    """A Trainer's output_dir, and a checkpoint where only an export will do: what each error says to do works."""
+    (tmp_path / "out").mkdir()
+    shutil.copytree(prepared / "saved", tmp_path / "out/checkpoint-500")
+    assert "for example checkpoint-500" in str(invoke("inspect", tmp_path / "out").exception)
+    assert invoke("inspect", tmp_path / "out/checkpoint-500").exit_code == 0
+    words = ("convert", tmp_path / "out/checkpoint-500", tmp_path / "published", "--to", "vllm")
+    assert "`ds_childtune export` writes such a folder" in str(invoke(*words).exception)
+    exported = ("export", tmp_path / "out/checkpoint-500", tmp_path / "child", "--base", prepared / "bert-base")
+    assert invoke(*exported).exit_code == 0
+    assert invoke("convert", tmp_path / "child", *words[2:]).exit_code == 0

@@ -39,7 +39,8 @@ def locate_child(path: Path, what: str) -> Path:
             return folder
     raise ChildFileError(
         f"{what}: expected the folder of an export, or of a checkpoint with a child, got {path}, which has no {MANIFEST}."
-        " Remedy: pass what child.export was given, or what engine.save_checkpoint was given."
+        " Remedy: pass what child.export was given, or what engine.save_checkpoint was given; of a Trainer's output one checkpoint,"
+        " for example checkpoint-500."
     )
 
 

@@ -248,6 +248,7 @@ def read_manifest(folder: Path) -> bytes:
         raise ChildFileError(
             f"{folder}: expected a child's folder with a readable {MANIFEST}, got: {error.strerror}."
             " Remedy: give the folder that was written; without this file the writing did not end."
+            " Of a checkpoint, `ds_childtune export` writes such a folder."
         ) from None
 
 

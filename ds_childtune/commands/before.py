@@ -42,7 +42,8 @@ def checked_json(found: Checked) -> dict[str, Any]:
         "checkpoints_refused": list(found.checkpoints),
         "config": found.config.model_dump(mode="json"),
         "compact": found.compact,
-        "lean_start": found.lean,
+        "lean_start": found.not_lean is None,
+        "lean_start_reason": found.not_lean,
         "keys": [asdict(key) for key in found.keys],
         "auto": list(found.auto),
         "model": None if found.model is None else outline_json(found.model),
@@ -66,7 +67,7 @@ def _show_checked(found: Checked) -> None:
     if found.config.mode == "ChildTuning-F":
         facts["child"] = f"{found.config.mode}, reserve_p {found.config.reserve_p:g}, drawn at every step"
     facts["compact"] = found.compact
-    facts["lean_start"] = "can be used" if found.lean else "cannot be used"
+    facts["lean_start"] = "can be used" if found.not_lean is None else f"cannot be used: {found.not_lean}"
     if found.model is not None:
         facts |= outline_facts(found.model)
     show(facts_table(facts))

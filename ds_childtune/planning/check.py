@@ -14,7 +14,7 @@ from ds_childtune.config import ChildTuningConfig, parse_config
 from ds_childtune.planning.model import ModelOutline, build_without_weights
 from ds_childtune.zero.calibration import bucket_beside
 from ds_childtune.zero.checkpoint_write import checkpoints_refused_in
-from ds_childtune.zero.compact_parts import can_start_lean, compact_parts
+from ds_childtune.zero.compact_parts import compact_parts, reason_against_lean
 from ds_childtune.zero.config_reading import ConfigReading
 from ds_childtune.zero.settings import Settings
 from ds_childtune.zero.supported import refused_in
@@ -40,8 +40,8 @@ class Checked:
     """Messages of what `save_checkpoint` and `load_checkpoint` will raise."""
     compact: str
     """What is compact, and why it is not more."""
-    lean: bool
-    """Whether the engine can begin inside `lean_start`."""
+    not_lean: str | None
+    """Why the engine cannot begin inside `lean_start`; None: it can."""
     keys: tuple[Key, ...]
     auto: tuple[str, ...]
     """Keys that Hugging Face's Trainer fills in; DeepSpeed's default was taken."""
@@ -91,7 +91,7 @@ def check(config: Mapping[str, Any], model: str | None = None, model_class: str 
         refused=tuple(refused_in(reading)),
         checkpoints=tuple(checkpoints_refused_in(reading)),
         compact=_compact(child, settings),
-        lean=can_start_lean(config),
+        not_lean=reason_against_lean(config),
         keys=tuple(_keys(reading, child)),
         auto=reading.auto_keys,
         model=outline,

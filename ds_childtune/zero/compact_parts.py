@@ -114,15 +114,22 @@ def can_start_lean(config: Mapping[str, Any]) -> bool:
     Args:
         config: the DeepSpeed config, with its "child_tuning" block.
     """
+    return reason_against_lean(config) is None
+
+
+def reason_against_lean(config: Mapping[str, Any]) -> str | None:
+    """Why an engine of this DeepSpeed config cannot begin inside `lean_start`, or None."""
     child, zero = config.get("child_tuning") or {}, config.get("zero_optimization") or {}
-    devices = [(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
-    return (
-        child.get("optimizer_state") == "compact"
-        and zero.get("stage") == 3
-        and not (config.get("fp16") or {}).get("enabled", False)
-        and all(device == "none" for device in devices)
-        and _norm_of_whole(child.get("clip"), clips=config.get("gradient_clipping") != 0) is None
-    )
+    if zero.get("stage") != 3:
+        return "zero_optimization.stage is not 3"
+    if child.get("optimizer_state") != "compact":
+        return 'child_tuning.optimizer_state is not "compact"'
+    if (config.get("fp16") or {}).get("enabled", False):
+        return "fp16 is enabled"
+    for key in ("offload_optimizer", "offload_param"):
+        if (zero.get(key) or {}).get("device", "none") != "none":
+            return f"zero_optimization.{key} is on"
+    return _norm_of_whole(child.get("clip"), clips=config.get("gradient_clipping") != 0)
 
 
 def _reason_against(settings: Settings, clip: Clip) -> str | None:
