@@ -126,7 +126,7 @@ def sent(setup: Setup, include: list[str]) -> tuple[dict[str, int], dict[str, in
 
 
 @pytest.mark.parametrize(
-    ("stage", "world_size", "include"), [(1, 2, "*"), (2, 2, "*"), (1, 2, "model.*"), (2, 4, "model.*")]
+    ("stage", "world_size", "include"), [(1, 4, "*"), (2, 2, "*"), (1, 2, "model.*"), (2, 4, "model.*")]
 )
 def test_a_step_sends_the_child_once(pool: RankPool, stage: int, world_size: int, include: str) -> None:
     """However many micro-batches: 4 bytes for each element in bf16, and a few per cent of padding.
