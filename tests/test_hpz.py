@@ -71,6 +71,10 @@ CASES = {
         COMPACT | {"selector": "magnitude"},
     ),
     "compact, uneven": (replace(SETUP, family="odd"), COMPACT | {"selector": "fisher", "reserve_p": 0.05}),
+    "compact, of which some ranks own nothing": (
+        replace(SETUP, family="odd"),
+        COMPACT | {"include": ["*.gain"], "others": "frozen", "reserve_p": 1.0},
+    ),
     "compact, whole": (replace(SETUP, bf16=True), COMPACT | {"sends": "whole"}),
 }
 

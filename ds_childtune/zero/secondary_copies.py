@@ -71,7 +71,7 @@ class SecondaryCopies:
     def send(self) -> None:
         """Put the child's 16-bit weights of all owners into this rank's copies."""
         row = torch.cat([shard.flat.flat().index_select(0, shard.index) for shard in self._shards])
-        sent = torch.cat([row for count in self._sends if count])
+        sent = row.repeat(sum(count > 0 for count in self._sends))  # empty on a rank that owns nothing of the child
         received = row.new_empty(sum(self._receives))
         dist.all_to_all_single(received, sent, self._receives, self._sends, group=self._optimizer.dp_process_group)
         last = self._first + self._owners
