@@ -260,19 +260,23 @@ def test_what_a_sparse_patch_cannot_hold_is_refused() -> None:
 # ---------------------------------------------------------------- what cannot be converted
 
 
-def test_earlier_patches_have_to_be_all(pool: RankPool) -> None:
-    for said in pool[1].run(since_some):
+def test_earlier_patches_have_to_be_all_on_every_rank(pool: RankPool) -> None:
+    """Rank 1 has lost one of them: no rank waits for it, and the remedy works."""
+    for said, numel in pool[2].run(since_some):
+        assert said.startswith("[rank 1] ")
         assert "Remedy: leave `since` out" in said
+        assert numel
 
 
-def since_some() -> str:
+def since_some() -> tuple[str, int]:
     with engine_of(SETUPS[0]) as engine:
         child = ds_childtune.attach(engine, {"mode": "ChildTuning-D", "reserve_p": 0.3, "selector": "random"})
         child.select()
         with pytest.raises(ValueError, match="since") as error:
-            list(child.patches(since=list(child.patches())[1:]))
+            list(child.patches(since=list(child.patches())[dist.get_rank() :]))
+        numel = sum(patch.values.numel() for patch in child.patches())
         child.detach()
-    return str(error.value)
+    return str(error.value), numel
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ ones mark with NaN what stays, so their values are floating and not NaN.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from ds_childtune.child_files.export_info import parameter_entries, persistent_b
 from ds_childtune.child_files.fingerprint import bits
 from ds_childtune.child_files.format import DTYPES, ParameterEntry, Piece
 from ds_childtune.gathering import gather
+from ds_childtune.ranks import raising_together
 from ds_childtune.shards import Fragment
 from ds_childtune.zero.weights import local_weights
 
@@ -110,7 +112,9 @@ def live_patches(
             piece = Piece(name, 0, entries[name].numel, None, {"values": local_weights(name, buffers[name]).values})
         else:
             piece = _gathered(entries[name], params[name], list(masks_of(name)))
-        patch = patch_of(entries[name], piece, None if before is None else before(name), only)
+        # Ranks may see different earlier versions, or fail to read one. What is gathered is the same on all.
+        with nullcontext() if before is None else raising_together():
+            patch = patch_of(entries[name], piece, None if before is None else before(name), only)
         if patch is not None:
             yield patch
 
