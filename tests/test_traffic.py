@@ -397,6 +397,15 @@ class Unused(OddModel):
         set_z3_leaf_modules(self, [OddBlock])
 
 
+class UnusedOnOneRank(Unused):
+    """As `Unused`, and rank 1 uses no parameter of a block, which it must enter all the same: leaf modules are gathered together."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__(dropout)
+        if dist.get_rank() == 1:
+            self.blocks[1].forward = lambda x: x
+
+
 SETUP_3 = replace(BASE, stage=3, family="gpt2", bf16=True)
 VARIANTS: dict[str, tuple[Setup, dict[str, Any]]] = {
     "all-reduce": (SETUP_3, {"reduce_scatter": False}),
@@ -408,13 +417,15 @@ VARIANTS: dict[str, tuple[Setup, dict[str, Any]]] = {
     "reentrant": (SETUP_3, {}),
     "not reentrant": (SETUP_3, {}),
     "leaf modules": (replace(SETUP_3, family="unused", bucket=10_000), {}),
+    "leaf modules, on one rank": (replace(SETUP_3, family="unused", bucket=10_000), {}),
 }
 """At ZeRO-3: an engine, and what goes into its config."""
 
 
 def trained_variant(name: str, optimizer_state: str) -> tuple[Weights, Weights]:
     setup, keys = VARIANTS[name]
-    models.FAMILIES["unused"] = replace(models.FAMILIES["odd"], build=Unused)
+    build = UnusedOnOneRank if "on one rank" in name else Unused
+    models.FAMILIES["unused"] = replace(models.FAMILIES["odd"], build=build)
     zero = {k: keys[k] for k in ("reduce_scatter", "contiguous_gradients") if k in keys}
     others = {k: v for k, v in keys.items() if k not in zero}
     zero = {**setup.config()["zero_optimization"], **zero}
