@@ -233,6 +233,20 @@ def reported_jobs(grid: Grid, task: str, limit: int | None, results: Sequence[Op
     return [Job(task, m, seed, float(f"{lr * factor[m]:.6g}"), limit) for seed, m, lr in lrs if lr is not None]
 
 
+Seeds = dict[int, Options]
+"""By seed: a run's line."""
+
+
+def runs_by_method(grid: Grid, task: str, limit: int | None, results: Sequence[Options]) -> dict[str, Seeds]:
+    """Reported runs of a task and training set size that are there."""
+    by_job = {job_of(r): r for r in results}
+    runs: dict[str, Seeds] = {}
+    for job in reported_jobs(grid, task, limit, results):
+        if job in by_job:
+            runs.setdefault(job.method, {})[job.seed] = by_job[job]
+    return runs
+
+
 def best_lr(grid: Grid, results: Sequence[Options]) -> dict[tuple[str, int | None, str], float]:
     """By task, training set size and method: the learning rate of the best score on the tuning seed; the smaller on a tie."""
     scores: dict[tuple[str, int | None, str], dict[float, float]] = defaultdict(dict)

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from grid import Grid, Options, job_of, reported_jobs
+from grid import Grid, Options, Seeds, runs_by_method
 from report import comparable, paired_t
 
 HEADER = [
@@ -27,19 +27,12 @@ HEADER = [
 ]
 VANILLA = "vanilla"
 
-Seeds = dict[int, Options]
-"""By seed: a run's line."""
-
 
 def rows(grid: Grid, results: Sequence[Options]) -> list[list[str]]:
     """In the order of `HEADER`; scores times 100. The control of a grid with flipped labels is compared with, at whatever rate."""
-    by_job = {job_of(r): r for r in results}
     table = []
     for task, limit in itertools.product(grid.tasks, grid.train_limits):
-        cell: dict[str, Seeds] = {}
-        for job in reported_jobs(grid, task, limit, results):
-            if job in by_job:
-                cell.setdefault(job.method, {})[job.seed] = by_job[job]
+        cell = runs_by_method(grid, task, limit, results)
         table += [_row(grid, task, limit, method, cell) for method in grid.methods if method in cell]
     return table
 

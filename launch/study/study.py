@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -264,6 +264,9 @@ def report(
         draw(grid, results, plot)
 
 
+RowsOf = Callable[[Grid, Sequence[Options]], list[list[str]]]
+
+
 def spread(
     grid_file: Annotated[
         Path, typer.Argument(help="YAML file of the grid: regime.yaml, regime_cola.yaml or flipped.yaml.")
@@ -271,10 +274,7 @@ def spread(
     results_file: Annotated[Path, typer.Argument(help="Its results.")],
 ) -> None:
     """Print part B's table in Markdown: mean, spread and failed runs beside vanilla fine-tuning."""
-    grid = read_grid(grid_file)
-    results = read_results(results_file, grid)
-    _print_markdown([regime.HEADER, *regime.rows(grid, results)])
-    print(f"\n{_hours(results)}")
+    _print_table(grid_file, results_file, regime.HEADER, regime.rows)
 
 
 def together(
@@ -282,10 +282,7 @@ def together(
     results_file: Annotated[Path, typer.Argument(help="Its results.")],
 ) -> None:
     """Print part C's table in Markdown: each technique by itself, and with a child."""
-    grid = read_grid(grid_file)
-    results = read_results(results_file, grid)
-    _print_markdown([part_c.HEADER, *part_c.rows(grid, results)])
-    print(f"\n{_hours(results)}")
+    _print_table(grid_file, results_file, part_c.HEADER, part_c.rows)
 
 
 def tuning(
@@ -295,6 +292,13 @@ def tuning(
     """Print in Markdown the scores that learning rates are chosen by."""
     grid = read_grid(grid_file)
     _print_markdown([TUNING_HEADER, *tuning_rows(grid, read_results(results_file, grid))])
+
+
+def _print_table(grid_file: Path, results_file: Path, header: list[str], rows_: RowsOf) -> None:
+    grid = read_grid(grid_file)
+    results = read_results(results_file, grid)
+    _print_markdown([header, *rows_(grid, results)])
+    print(f"\n{_hours(results)}")
 
 
 def _print_markdown(rows_: list[list[str]]) -> None:

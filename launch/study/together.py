@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from grid import Grid, Options, job_of, reported_jobs
+from grid import Grid, Options, Seeds, runs_by_method
 from report import comparable, paired_t
 
 HEADER = [
@@ -23,33 +23,26 @@ HEADER = [
 ]
 CHILD = " + D"
 
-Seeds = dict[int, Options]
-"""By seed: a run's line."""
-
 
 def rows(grid: Grid, results: Sequence[Options]) -> list[list[str]]:
     """In the order of `HEADER`; scores times 100. A technique of which one half has not run yet has empty cells there."""
-    by_job = {job_of(r): r for r in results}
     table = []
     for task, limit in itertools.product(grid.tasks, grid.train_limits):
-        cell: dict[str, Seeds] = {}
-        for job in reported_jobs(grid, task, limit, results):
-            if job in by_job:
-                cell.setdefault(job.method, {})[job.seed] = by_job[job]
+        cell = runs_by_method(grid, task, limit, results)
         names = [name for name in grid.methods if f"{name}{CHILD}" in grid.methods]
         metric = grid.tasks[task].metric
         both = [(name, cell.get(name, {}), cell.get(f"{name}{CHILD}", {})) for name in names]
-        table += [_row(name, metric, alone, with_child) for name, alone, with_child in both if alone or with_child]
+        table += [_row(name, metric, single, with_child) for name, single, with_child in both if single or with_child]
     return table
 
 
-def _row(name: str, metric: str, alone: Seeds, with_child: Seeds) -> list[str]:
-    shared = [seed for seed in alone if seed in with_child and comparable(alone[seed], with_child[seed])]
-    differences = [100 * (with_child[s]["metrics"][metric] - alone[s]["metrics"][metric]) for s in shared]
+def _row(name: str, metric: str, single: Seeds, with_child: Seeds) -> list[str]:
+    shared = [seed for seed in single if seed in with_child and comparable(single[seed], with_child[seed])]
+    differences = [100 * (with_child[s]["metrics"][metric] - single[s]["metrics"][metric]) for s in shared]
     low, high = paired_t(differences) if len(differences) > 1 else (0.0, 0.0)
     return [
         name,
-        *_cells(alone, metric),
+        *_cells(single, metric),
         *_cells(with_child, metric),
         str(len(differences)),
         f"{np.mean(differences):+.2f}" if differences else "",

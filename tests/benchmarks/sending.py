@@ -10,12 +10,8 @@ call of `process_gradients`, the reduction at the end, and `step`. *whole* is a 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import time
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -25,6 +21,7 @@ import transformers
 
 import ds_childtune
 from tests.benchmarks import llama
+from tests.benchmarks.provenance import measured_with
 from tests.support.ranks import Ranks
 
 TIMED = ("process_gradients", "overlapping_partition_gradients_reduce_epilogue", "step")
@@ -110,14 +107,9 @@ def main() -> None:
                 times[name].append(max(ranks.run(turn, name)))
     finally:
         ranks.close()
-    root = Path(__file__).parents[2]
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-    )
-    versions = ", ".join(f"{name} {version(name)}" for name in ("deepspeed", "torch", "transformers"))
     print(
-        f"\nLlama {args.size}, bf16, ZeRO-2, {args.ranks} ranks, {args.rounds} rounds; {versions}, {os.cpu_count()} cores,"
-        f" commit {head.stdout.strip()}, {time.strftime('%Y-%m-%d')}\n"
+        f"\nLlama {args.size}, bf16, ZeRO-2, {args.ranks} ranks, {args.rounds} rounds;"
+        f" {measured_with('deepspeed', 'torch', 'transformers')}\n"
     )
     print("| | ms | of plain (quartiles) | of whole |\n|---|---|---|---|")
     for name, seconds in times.items():

@@ -11,12 +11,8 @@ Needs root and iproute2, and says so where it is not run. bf16, no clipping; eve
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import time
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -26,6 +22,7 @@ import transformers
 
 import ds_childtune
 from tests.benchmarks import llama
+from tests.benchmarks.provenance import measured_with
 from tests.support import hosts as on_hosts
 from tests.support.hosts import Hosts
 from tests.support.ranks import Ranks
@@ -152,15 +149,10 @@ def main() -> None:
                 tables.append(f"{mbit} Mbit/s:\n\n{table(times, sent, trained)}\n")
         finally:
             ranks.close()
-    root = Path(__file__).parents[2]
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-    )
-    versions = ", ".join(f"{name} {version(name)}" for name in ("deepspeed", "torch", "transformers", "peft"))
     print(
         f"\n{args.model}, bf16, ZeRO-2, {args.hosts} hosts, {args.rows} x {args.length} tokens a rank,"
         f" selector {args.selector}, {args.rounds} rounds;"
-        f" {versions}, {os.cpu_count()} cores, commit {head.stdout.strip()}, {time.strftime('%Y-%m-%d')}\n"
+        f" {measured_with('deepspeed', 'torch', 'transformers', 'peft')}\n"
     )
     print("\n".join(tables))
 

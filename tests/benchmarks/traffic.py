@@ -9,10 +9,6 @@ Counted, not timed: see `tests.support.traffic`. A small random Llama in bf16; e
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ import torch.distributed as dist
 
 import ds_childtune
 from tests.benchmarks import llama, memory
+from tests.benchmarks.provenance import measured_with
 from tests.support.ranks import Ranks
 from tests.support.traffic import Traffic
 
@@ -157,14 +154,9 @@ def main() -> None:
                 rows[stage, name] = {k: max(f.get(k, 0.0) for f in found) for f in found for k in f}
     finally:
         ranks.close()
-    root = Path(__file__).parents[2]
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-    )
-    versions = ", ".join(f"{name} {version(name)}" for name in ("deepspeed", "torch", "transformers"))
     print(
-        f"\nLlama {args.size}, bf16, {args.ranks} ranks, {args.accumulation} micro-batches; bytes per parameter; {versions},"
-        f" {os.cpu_count()} cores, commit {head.stdout.strip()}, {time.strftime('%Y-%m-%d')}\n"
+        f"\nLlama {args.size}, bf16, {args.ranks} ranks, {args.accumulation} micro-batches; bytes per parameter;"
+        f" {measured_with('deepspeed', 'torch', 'transformers')}\n"
     )
     print(table(rows))
     if args.chart is not None:
