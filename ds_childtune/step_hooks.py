@@ -25,7 +25,7 @@ from ds_childtune.ranks import device, raising_together, sum_over_ranks, tell, t
 from ds_childtune.shards import FlatShard
 from ds_childtune.zero import clip, compact_reads
 from ds_childtune.zero.compact_parts import CompactParts
-from ds_childtune.zero.engine import applied_steps, base_optimizer
+from ds_childtune.zero.engine import applied_steps, base_optimizer, before_each_step
 from ds_childtune.zero.supported import missing_groups
 
 
@@ -135,6 +135,8 @@ class StepHooks:
         every = self._attachment.config.finite_check_every
         parameters = self._attachment.parameters.by_name
         self._finite_check = FiniteCheck(parameters, every) if every is not None and self._fixed is not None else None
+        if self._finite_check is not None:
+            self._overrides.append(before_each_step(self._attachment.engine, self._judge_gradients))
 
     def _override(self, child: FixedChild) -> None:
         engine = self._attachment.engine
@@ -192,8 +194,6 @@ class StepHooks:
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         child = self.chosen_child()
         child.recover()
-        if not self._stepped:
-            self._judge_gradients()
         stepped = [Stepped(group, self._shards_in(group)) for group in optimizer.param_groups]
         stepped = [each for each in stepped if each.shards]
         shards = [shard for each in stepped for shard in each.shards]
@@ -271,7 +271,7 @@ class StepHooks:
         check.count_step()
 
     def _judge_gradients(self) -> None:
-        """Before anything has moved. A collective in the steps that the config says."""
+        """A collective in the steps that the config says."""
         check, step = self._finite_check, self.progress.step + 1
         if check is not None and check.looks_at(step):
             verdict = check.verdict(device())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,28 +25,43 @@ EVERY = 3
 NAME = "model.layers.0.self_attn.q_proj.weight"
 
 
-def spoilt(setup: Setup, every: int | None, bad: dict[int, float], last: int = 4) -> tuple[str, Weights]:
-    """The error of some steps, and the weights. `bad`: what rank 1's gradient is at one element outside the child, by step."""
+def spoilt(
+    setup: Setup, every: int | None, bad: dict[int, float], last: int = 4, folder: str | None = None
+) -> tuple[str, Weights]:
+    """The error of some steps, and the weights. `bad`: what rank 1's gradient is at one element outside the child, by step.
+
+    With a folder, training goes on from a checkpoint of step 2 after an error, with sound gradients.
+    """
     torch.manual_seed(0)
     with engine_of(setup) as engine:
         child = ds_childtune.attach(engine, BLOCK | {"finite_check_every": every})
         child.select()
         outside = int((~child.gather_mask(NAME)).flatten().nonzero()[0])
-        now = [1]
+        values = dict(bad)
 
         def spoil(gradient: torch.Tensor) -> torch.Tensor:
-            if dist.get_rank() == 1 and now[0] in bad:
+            if dist.get_rank() == 1 and (value := values.get(child.step + 1)) is not None:
                 gradient = gradient.clone()
-                gradient.view(-1)[outside] = bad[now[0]]
+                gradient.view(-1)[outside] = value
             return gradient
 
+        def train(first: int) -> None:
+            for step in range(first, last + 1):
+                train_step(engine, share(setup, step, 2 * setup.accumulation))
+                if folder is not None and step == 2:
+                    engine.save_checkpoint(folder)
+
         engine.module.get_parameter(NAME).register_hook(spoil)
+        said = ""
         try:
-            for now[0] in range(1, last + 1):
-                train_step(engine, share(setup, now[0], 2 * setup.accumulation))
+            train(1)
         except RuntimeError as error:
-            return str(error), model_weights(engine)
-        return "", model_weights(engine)
+            said = str(error)
+        if said and folder is not None:
+            values.clear()
+            engine.load_checkpoint(folder)
+            train(3)
+        return said, model_weights(engine)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -64,6 +80,18 @@ def test_nan_outside_the_child(pool: RankPool, stage: int) -> None:
             assert equal_bits(weights, got)
             assert (f"in step 3, got NaN or inf in those of 1 parameters ({NAME})" in error) == found, bad
             assert found or not error
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_going_on_from_the_last_checkpoint(pool: RankPool, stage: int, tmp_path: Path) -> None:
+    """In the same engine, which the error left as it was. (With accumulation DeepSpeed has lost count of micro-batches.)"""
+    setup = replace(SETUP, stage=stage, accumulation=1)
+    end = pool[2].run(spoilt, setup, None, {})
+    for (_, expected), (said, got) in zip(
+        end, pool[2].run(spoilt, setup, EVERY, {3: float("nan")}, folder=str(tmp_path)), strict=True
+    ):
+        assert "start again from the last checkpoint" in said
+        assert equal_bits(expected, got)
 
 
 def test_the_remedy_is_to_remove_the_key_with_fp16() -> None:

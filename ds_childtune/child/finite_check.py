@@ -62,7 +62,7 @@ class FiniteCheck:
             raise RuntimeError(
                 f"child_tuning.finite_check_every: expected finite gradients in step {step}, got NaN or inf in those of"
                 f" {len(bad)} parameters ({', '.join(bad[:4])}{', ...' if len(bad) > 4 else ''}). The step was not taken."
-                " Remedy: look for the batch or the loss that gives them, and go on from the last checkpoint; or remove"
+                " Remedy: look for the batch or the loss that gives them, and start again from the last checkpoint; or remove"
                 " child_tuning.finite_check_every, to train on without looking outside the child."
             )
 

@@ -7,12 +7,13 @@ upgrade of DeepSpeed fails there first.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from ds_childtune.shards import FlatShard
+from ds_childtune.zero.overrides import Overrides
 
 Engine = Any
 """A `deepspeed.DeepSpeedEngine`; DeepSpeed ships no types."""
@@ -146,3 +147,18 @@ def inside_accumulation(engine: Engine) -> bool:
 def applied_steps(engine: Engine) -> int:
     """Optimizer steps that DeepSpeed has taken and not skipped."""
     return int(engine.global_steps - engine.skipped_steps)
+
+
+def before_each_step(engine: Engine, act: Callable[[], None]) -> Overrides:
+    """Call `act` before DeepSpeed does anything for an optimizer step, where an error still leaves everything as it was.
+
+    In a hook of the base optimizer it would not: DeepSpeed calls that one with a part of its param groups, and puts them back after.
+    """
+
+    def take(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        act()
+        return original(*args, **kwargs)
+
+    overrides = Overrides()
+    overrides.around(engine, "_take_model_step", take)
+    return overrides
