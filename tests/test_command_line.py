@@ -411,8 +411,8 @@ def test_plan_by_hand(llama_folder: Path) -> None:
     assert hpz["child"]["sent_per_step"]["weights"] == round(0.75 * 2 * small + 2 * trained / 4), "to the other node"
     assert hpz["child"]["sent_per_step"]["weights, inside a node"] == round(0.5 * 2 * large + 2 * trained / 4)
     assert hpz["child"]["phases"]["steps"]["kept"]["weights"] == child["weights"] + 2 * 2 * shard
-    alone = answer("plan", llama_folder, "--world-size", 1, "--reserve-p", 0.1, "--include", "*")
-    kept = alone["child"]["phases"]["steps"]["kept"]
+    one_rank = answer("plan", llama_folder, "--world-size", 1, "--reserve-p", 0.1, "--include", "*")
+    kept = one_rank["child"]["phases"]["steps"]["kept"]
     assert kept["child"] == 8 * round(0.1 * sum(sizes)), (
         "an index, and places: every partition has few; nothing is sent"
     )

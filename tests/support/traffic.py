@@ -1,4 +1,4 @@
-"""Bytes that collectives move, counted where torch hands them to its backend, whoever calls."""
+"""Bytes that collectives move, counted where torch hands them to its backend: those of DeepSpeed, of this package and of tests."""
 
 from __future__ import annotations
 
