@@ -20,4 +20,7 @@ ruff check .
 ruff format --check .
 mypy
 [ -z "$build" ] || wait "$build" || true
-exec python -m pytest "$@"
+# Two workers, as ranks take turns; on a GPU only one, as they would share it.
+workers=${WORKERS:-2}
+[ "$DS_ACCELERATOR" = cpu ] || workers=0
+exec python -m pytest -n "$workers" --dist worksteal "$@"

@@ -51,16 +51,16 @@ def life(setup: Setup, block: dict[str, Any], node: int, broken: bool = False) -
     broken_send = mock.patch.object(SecondaryCopies, "send", return_value=None)
     with engine_with(setup, node) as engine, broken_send if broken else nullcontext():
         phases = []
-        train(engine, setup, 0)
+        train(engine, setup, 0, 1)
         child = ds_childtune.attach(engine, block)
         fixed = block["mode"] == "ChildTuning-D"
         for number in range(2):
             if fixed:
                 child.select(share(setup, 100 + number, dist.get_world_size()))
-            train(engine, setup, 2 + 2 * number)
+            train(engine, setup, 2 + 2 * number, 2 - number)
             phases.append(model_weights(engine))
         child.detach()
-        train(engine, setup, 6)
+        train(engine, setup, 6, 1)
         return [*phases, model_weights(engine)]
 
 

@@ -1,4 +1,4 @@
-"""The main job, and its recipes as people start them: one node, two nodes, OpenMPI, no compiler.
+"""The main job, and its recipes as people start them: two nodes, OpenMPI, no compiler, a launcher that is ended.
 
 Two ranks train on the same batches however they were started, so every start must end with the numbers of a run in ranks that were
 there already. Two "nodes" are two launchers on loopback.
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -294,13 +294,21 @@ def test_a_wrong_file_is_one_readable_error(pool: RankPool, folder: Path) -> Non
 # ---------------------------------------------------------------- how it is started
 
 
-def test_side_by_side_on_one_node_without_a_compiler(pool: RankPool, folder: Path) -> None:
-    """The deepspeed launcher. --compare trains plain and then the child, whose masks come from the eager kernel."""
-    results = folder / "compare.jsonl"
+def test_side_by_side_on_two_nodes_without_ssh_and_compiler(pool: RankPool, folder: Path) -> None:
+    """launch/node_by_node.sh. --compare trains plain and then the child, whose masks come from the eager kernel."""
+    hostfile = folder / "hosts"
+    hostfile.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    results = folder / "two_nodes.jsonl"
+    address = {"HOSTFILE": str(hostfile), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    address |= without_compiler(folder)
     child = {"method": "ChildTuning-F", "reserve_p": 0.5}
-    command = [*deepspeed_launcher(2), "launch/finetune.py", *job(folder, results, compare=True, **child)]
-    with started(command, environment(folder, **without_compiler(folder))) as process:
-        output = output_of(process)
+    command = ["bash", "launch/node_by_node.sh", *job(folder, results, compare=True, **child)]
+    with (
+        started(command, environment(folder, NODE_RANK="0", **address)) as first,
+        started(command, environment(folder, NODE_RANK="1", **address)) as second,
+    ):
+        output_of(second)
+        output = output_of(first)
     plain, tuned = lines_of(results)
     assert (plain["method"], tuned["method"]) == ("plain", "ChildTuning-F")
     assert same_training(tuned, in_process(pool, folder, **child))
@@ -310,24 +318,6 @@ def test_side_by_side_on_one_node_without_a_compiler(pool: RankPool, folder: Pat
     assert "accuracy" in output
     assert "density" in output
     assert output.count("are eligible (") == 1, "attach reports only on rank 0, whatever DeepSpeed's log level"
-
-
-def test_two_nodes_without_ssh(expected: dict[str, Any], folder: Path) -> None:
-    """launch/node_by_node.sh, on both of two nodes, which have no compiler."""
-    hostfile = folder / "hosts"
-    hostfile.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
-    results = folder / "two_nodes.jsonl"
-    address = {"HOSTFILE": str(hostfile), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    address |= without_compiler(folder)
-    command = ["bash", "launch/node_by_node.sh", *job(folder, results)]
-    with (
-        started(command, environment(folder, NODE_RANK="0", **address)) as first,
-        started(command, environment(folder, NODE_RANK="1", **address)) as second,
-    ):
-        output_of(second)
-        output = output_of(first)
-    assert same_training(only_result(results), expected)
-    assert output.count("ChildTuning-D: kept") == 1, "only rank 0 reports"
 
 
 def test_openmpi(expected: dict[str, Any], folder: Path) -> None:
@@ -340,13 +330,24 @@ def test_openmpi(expected: dict[str, Any], folder: Path) -> None:
     assert same_training(only_result(results), expected)
 
 
-def test_a_sigterm_to_the_launcher_leaves_no_orphan(folder: Path, tmp_path: Path) -> None:
-    arguments = job(folder, tmp_path / "results.jsonl", epochs=100000, max_steps=1000000)
-    command = [*deepspeed_launcher(2), "launch/finetune.py", *arguments]
+WAITING = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT / "launch")!r})
+from processes import processes
+with processes():
+    os.write(1, b"up\\n")  # at once, so that the other rank's does not come between
+    signal.pause()
+"""
+
+
+def test_a_sigterm_to_the_launcher_leaves_no_orphan(folder: Path) -> None:
+    """Of two ranks on one node, in the process group of the main job."""
+    (folder / "waiting.py").write_text(WAITING)
+    command = [*deepspeed_launcher(2), str(folder / "waiting.py")]
     with started(command, environment(folder)) as process:
         assert process.stdout is not None
-        lines = iter(process.stdout.readline, "")
-        assert any("kept" in line for line in lines), "it never came to train"
+        up = (line for line in iter(process.stdout.readline, "") if line.strip() == "up")
+        assert len(list(islice(up, 2))) == 2, "the ranks never came up"
         family = psutil.Process(process.pid).children(recursive=True)
         assert len(family) >= 3, "vacuous: expected the process that keeps the ranks, and two ranks"
         process.terminate()
