@@ -92,7 +92,7 @@ def test_the_child_s_norm_is_clipped(pool: RankPool, name: str, optimizer_state:
     results = pool[2].run(run, setup, optimizer_state, "child")
     expected, norms = oracle(setup, results[0])
     tolerance = 2e-2 if setup.bf16 else 1e-4
-    masters = bool(setup.stage and not setup.offload and not setup.fp32_accumulation)
+    masters = bool(setup.stage and not (setup.stage == 3 and setup.offload) and not setup.fp32_accumulation)
     parts = parts_of(setup, masters=masters, clip="child")
     assert min(norms) > 2 * CLIP, "vacuous: nothing is clipped"
     for result in results:

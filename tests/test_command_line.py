@@ -33,7 +33,7 @@ from ds_childtune.zero.compact_parts import Compactness, CompactParts, compact_p
 from ds_childtune.zero.config_reading import ConfigReading
 from ds_childtune.zero.settings import Settings
 from ds_childtune.zero.supported import REFUSALS, refused_in
-from tests.benchmarks.plan import BLOCKS, config_of, error, llama, measure, predict
+from tests.benchmarks.plan import BLOCKS, beside, config_of, error, llama, measure, predict
 from tests.benchmarks.plan import build as llama_model
 from tests.support.documentation import prepare
 from tests.support.engines import Setup, engine_of, train_step
@@ -319,6 +319,10 @@ def test_whole_gradients_are_sent_where_a_config_asks(stage: int) -> None:
     assert not whole.sends_child
     assert 'child_tuning.sends is "whole"' in whole.text
     assert whole.parts == ("moments, masters and gradients" if stage == 3 else "moments and masters")
+    offloaded = [found(sends, offload_optimizer={"device": "cpu"}) for sends in ("child", "whole")]
+    assert [each.sends_child for each in offloaded] == [stage < 3, False]
+    assert "the child is sent, and moved between host and device" in offloaded[0].text or stage == 3
+    assert offloaded[1].text.endswith("between host and device gradients and weights move whole")
     if stage == 3:
         quantized = found("child", zero_quantized_gradients=True)
         assert not quantized.sends_child
@@ -328,19 +332,24 @@ def test_whole_gradients_are_sent_where_a_config_asks(stage: int) -> None:
 # ---------------------------------------------------------------- plan
 
 
-@pytest.mark.parametrize(("stage", "kind"), [(2, "dense"), (3, "compact")])
-def test_plan_predicts_what_engines_hold(pool: RankPool, stage: int, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "kind", "offload"), [(2, "dense", False), (3, "compact", False), (2, "compact", True)]
+)
+def test_plan_predicts_what_engines_hold(pool: RankPool, stage: int, kind: str, offload: bool) -> None:
     """The larger set of set-ups, in which peaks are compared too, is tests/benchmarks/plan.py."""
-    config = config_of(stage)
+    config = config_of(stage, offload=offload)
     config["zero_optimization"]["reduce_bucket_size"] = 50_000
-    predicted = predict(SMALL, config, BLOCKS[kind])
-    everyone = pool[2].run(measure, SMALL, config, BLOCKS[kind])
+    block = everything_eligible(kind) if offload else BLOCKS[kind]
+    predicted = predict(SMALL, config, block)
+    everyone = pool[2].run(measure, SMALL, config, block)
     assert {"start", "Fisher", "selection", "steps"} == predicted.keys() == everyone[0].keys()
     for name, phase in predicted.items():
         live = max(found[name][1] for found in everyone)
-        assert abs(error(phase.live, live)) < 0.05, name
-    plain = predict(SMALL, config, None)["steps"].live
-    assert abs(error(plain, max(found["steps"][1] for found in everyone))) > 0.05, "vacuous: any plan would do"
+        assert abs(error(phase.live + beside(phase), live)) < 0.05, name
+    plain = predict(SMALL, config, None)["steps"]
+    assert abs(error(plain.live + beside(plain), max(found["steps"][1] for found in everyone))) > 0.05, (
+        "vacuous: any plan would do"
+    )
 
 
 def everything_eligible(kind: str) -> dict[str, Any]:

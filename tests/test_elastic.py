@@ -65,6 +65,7 @@ CHAINS = {
         Place(2, 3),
         Place(2, 2, round_robin=True),
     ),
+    "offload": (Place(2, 2, offload=True), Place(1, 1, offload=True), Place(2, 3), Place(4, 2, offload=True)),
     "sub-groups": (Place(2, 3, 40), Place(2, 3, 10**9), Place(2, 1)),
 }
 CELLS = [
@@ -78,6 +79,7 @@ CELLS = [
     ("round-robin", "F", True),
     ("round-robin", "D", False),
     ("round-robin", "D-compact", True),
+    ("offload", "D-compact", True),
     ("sub-groups", "F", False),
     ("sub-groups", "D-compact", True),
 ]

@@ -43,9 +43,12 @@ def train(setup: Setup, block: dict[str, Any], bad: float | None) -> tuple[Weigh
         return before, master_weights(engine), child.step, engine.skipped_steps
 
 
-@pytest.mark.parametrize(("stage", "mode"), [(2, "D"), (3, "F"), (3, "D-compact")])
-def test_a_skipped_step_does_not_count(pool: RankPool, stage: int, mode: str) -> None:
-    setup = replace(ODD, stage=stage)
+@pytest.mark.parametrize(
+    ("stage", "mode", "offload"),
+    [(2, "D", False), (3, "F", False), (3, "D-compact", False), (2, "D-compact", True)],
+)
+def test_a_skipped_step_does_not_count(pool: RankPool, stage: int, mode: str, offload: bool) -> None:
+    setup = replace(ODD, stage=stage, offload=offload)
     plain = pool[2].run(train, setup, BLOCKS[mode], None)[0]
     assert distance(plain[1], plain[0]) > 1e-3, "vacuous: nothing moved"
     for bad in (math.inf, math.nan):

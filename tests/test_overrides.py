@@ -138,7 +138,7 @@ READS_3 = {
     "update_fp32_grad_for_param_vectorized",
 }
 PASS_2 = {"process_gradients", "backward_epilogue", "scale_if_loss"}
-READS_2 = {"_restore_from_bit16_weights", "offload_states", "single_partition_of_fp32_groups"} | {
+READS_2 = {"offload_states", "single_partition_of_fp32_groups"} | {
     "parameter.set_full_hp_param",
     "mapping.get_hp_fragment",
 }
@@ -191,13 +191,22 @@ CASES = {
         PASS_3 | {"fp32_partitioned_groups_flat"},
     ),
     "zero2-dense-clip": case(
-        Setup("odd", stage=2, clip=0.1, bf16=True), {}, {"unscale_and_clip_grads"}, PASS_2 | READS_2
+        Setup("odd", stage=2, clip=0.1, bf16=True),
+        {},
+        {"unscale_and_clip_grads", "_restore_from_bit16_weights"},
+        PASS_2 | READS_2,
     ),
     "zero2": case(
         Setup("odd", stage=2, clip=0.1, bf16=True),
         {"clip": "child"},
-        {"step", "zero_grad"},
+        {"step", "zero_grad", "_restore_from_bit16_weights"},
         PASS_2 | READS_2 | STEPS_2,
+    ),
+    "zero2-offload": case(
+        Setup("odd", stage=2, bf16=True, offload=True),
+        {},
+        {"step", "zero_grad", "_restore_from_bit16_weights", "scaled_global_norm"},
+        PASS_2 | READS_2 | STEPS_2 | {"cpu_offload", "device", "_get_preflattened_grad_partition"},
     ),
     "bf16-optimizer": case(
         Setup("odd", stage=1, bf16=True, fp32_accumulation=True),
@@ -261,6 +270,7 @@ def use(engine: Any, setup: Setup, folder: str, tag: str) -> None:
             engine.backward(engine(**on_device(engine, batch)))
             safe_get_full_grad(next(engine.module.parameters()))
             engine.step()
+        engine.optimizer.refresh_fp32_params()
     if setup.fp32_accumulation:
         for parameter in engine.module.parameters():
             safe_set_full_fp32_param(parameter, safe_get_full_fp32_param(parameter))

@@ -155,11 +155,12 @@ def refuses(call: Callable[[], object]) -> bool:
 BASE = Setup("odd", optimizer=Optimizer())
 SETUPS = {
     "moments-zero1-bf16": replace(BASE, stage=1, bf16=True, fp32_accumulation=True),
-    "moments-zero2": replace(BASE, stage=2, offload=True),
+    "moments-zero2": replace(BASE, stage=2, offload=True, clip=100.0),
     "masters-zero1": replace(BASE, stage=1, clip=100.0),  # it clips nothing
     "masters-zero2-bf16": replace(BASE, stage=2, bf16=True, clip=100.0),
     "gradients-zero1": replace(BASE, stage=1),
     "gradients-zero2-bf16": replace(BASE, stage=2, bf16=True),
+    "gradients-zero2-offload-bf16": replace(BASE, stage=2, bf16=True, offload=True),
     "moments-zero3": replace(BASE, stage=3, clip=0.5, sub_group_size=20),
     "gradients-zero3": replace(BASE, stage=3, sub_group_size=20),
     "gradients-zero3-bf16": replace(BASE, stage=3, bf16=True, sub_group_size=20),
@@ -299,7 +300,13 @@ def refreshed(setup: Setup) -> tuple[Weights, Weights]:
         return masters, model_weights(engine)
 
 
-@pytest.mark.parametrize("name", ["moments-zero3", "masters-zero2-bf16", "gradients-zero3", "gradients-zero3-bf16"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("moments-zero3", "masters-zero2-bf16", "gradients-zero3", "gradients-zero3-bf16"),
+        "gradients-zero2-offload-bf16",
+    ],
+)
 def test_refresh_fp32_params_takes_edited_weights(pool: RankPool, name: str) -> None:
     for masters, after in pool[2].run(refreshed, SETUPS[name]):
         assert all(bool((w == 0.5).all()) for w in masters.values())

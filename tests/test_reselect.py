@@ -28,7 +28,8 @@ BASE = Setup("llama", accumulation=2, optimizer=Optimizer("AdamW", {**ADAM, "tor
 SETUPS = {
     "masters-zero1": replace(BASE, stage=1, clip=100.0),
     "gradients-zero1": replace(BASE, stage=1),
-    "moments-zero2-offload": replace(BASE, stage=2, offload=True),
+    "moments-zero2-offload": replace(BASE, stage=2, offload=True, clip=100.0),
+    "gradients-zero2-offload-bf16": replace(BASE, stage=2, offload=True, bf16=True),
     "moments-zero3": replace(BASE, stage=3, clip=100.0, sub_group_size=150),  # it clips nothing
     "masters-zero2-bf16": replace(BASE, stage=2, bf16=True, clip=100.0),
     "gradients-zero2-bf16": replace(BASE, stage=2, bf16=True),

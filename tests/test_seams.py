@@ -152,6 +152,10 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
             "torch_autocast_gradscaler",
             "averaged_gradients",
             "cpu_offload",
+            "cpu_offload_pin_memory",
+            "_get_preflattened_grad_partition()",
+            "device",
+            "params_in_partition",
             "get_param_id()",
             "scaled_global_norm()",
             "_restore_from_bit16_weights()",
@@ -237,9 +241,22 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
         ),
     ),
 }
+OFFLOADED: dict[str, tuple[str, ...]] = {
+    "DeepSpeedZeroOptimizer": (
+        "_get_offload_gradient_dict()",
+        "_offload_accumulated_param_ids",
+        "accumulated_grads_in_cpu",
+        "param_buffer_of_bit16_for_cpu_offload_groups",
+        "reset_cpu_buffers()",
+        "temp_grad_buffer_for_cpu_offload",
+        "temp_grad_buffer_for_gpu_offload",
+        "update_offload_overflow_tracker()",
+    ),
+    "DeepSpeedZeroOptimizer_Stage3": (),
+}
 WRAPPERS |= {
-    f"{name}, offload": (replace(WRAPPERS[name][0], offload=True), ("norm_for_param_grads", "grad_position"))
-    for name in ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")
+    f"{name}, offload": (replace(WRAPPERS[name][0], offload=True), ("norm_for_param_grads", "grad_position", *more))
+    for name, more in OFFLOADED.items()
 }
 """By the class of `engine.optimizer`: an engine that has it, and what is read on it."""
 

@@ -12,10 +12,12 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_modules
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import ds_childtune
@@ -24,7 +26,7 @@ from ds_childtune.zero.child_layout import ChildLayout, Cut
 from tests.benchmarks.traffic import step_of
 from tests.support import models
 from tests.support.alive import Alive
-from tests.support.compact_runs import BASE, CLIPPED, FROM_START, SGD, Case, check, run, share
+from tests.support.compact_runs import BASE, CLIPPED, FROM_START, FUSED, SGD, Case, check, run, share
 from tests.support.engines import Setup, Weights, engine_of, model_weights, on_device, train_step
 from tests.support.models import OddBlock, OddModel
 from tests.support.ranks import RankPool
@@ -68,12 +70,22 @@ SENDING = {
         reselect=False,
         after=False,
     ),
+    "zero1-offload": Case(replace(BASE, stage=1, offload=True, no_decay=("ln", "bias")), True, past=False, after=False),
+    "zero2-offload-llama": Case(replace(ONE, stage=2, family="llama", offload=True), True),
+    "zero2-offload-cpuadam": Case(replace(ONE, stage=2, offload=True, optimizer=FUSED), True),
+    "zero2-offload-bf16-odd": replace(
+        FROM_START, setup=replace(BASE, stage=2, bf16=True, round_robin=True, family="odd", offload=True), after=False
+    ),
 }
 
 
 def dense_of(case: Case) -> Case:
-    """With additions in the same order, micro-batches on each rank, then ranks: the dense path of ZeRO-2 adds ranks first."""
-    return replace(case, setup=replace(case.setup, stage=1)) if case.setup.accumulation > 1 else case
+    """With additions in the same order, micro-batches on each rank, then ranks: the dense path of ZeRO-2 adds ranks first.
+
+    Without offload, which changes no number.
+    """
+    setup = replace(case.setup, offload=False)
+    return replace(case, setup=replace(setup, stage=1) if setup.accumulation > 1 else setup)
 
 
 @pytest.mark.parametrize("name", SENDING)
@@ -82,7 +94,7 @@ def test_a_child_that_is_sent_by_itself_is_bitwise_the_dense_hook_path(pool: Ran
     check(case, pool[2].run(run, dense_of(case), "dense"), pool[2].run(run, case, "compact"))
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2-odd"])
+@pytest.mark.parametrize("name", ["zero1", "zero2-odd", "zero2-offload-cpuadam"])
 def test_one_rank(pool: RankPool, name: str) -> None:
     case = SENDING[name]
     check(case, pool[1].run(run, dense_of(case), "dense"), pool[1].run(run, case, "compact"))
@@ -126,15 +138,17 @@ def sent(setup: Setup, include: list[str]) -> tuple[dict[str, int], dict[str, in
 
 
 @pytest.mark.parametrize(
-    ("stage", "world_size", "include"), [(1, 4, "*"), (2, 2, "*"), (1, 2, "model.*"), (2, 4, "model.*")]
+    ("stage", "world_size", "include", "offload"),
+    [(1, 4, "*", False), (2, 2, "*", False), (1, 2, "model.*", False), (2, 4, "model.*", False), (2, 2, "*", True)],
 )
-def test_a_step_sends_the_child_once(pool: RankPool, stage: int, world_size: int, include: str) -> None:
+def test_a_step_sends_the_child_once(pool: RankPool, stage: int, world_size: int, include: str, offload: bool) -> None:
     """However many micro-batches: 4 bytes for each element in bf16, and a few per cent of padding.
 
     Where ranks own less than others, as with an output layer that is not eligible, what they have in excess of an equal share of it
     all goes to its owner and back, too.
     """
     setup = replace(BASE, stage=stage, bf16=True, family="llama-2-blocks", accumulation=3, no_decay=("norm",))
+    setup = replace(setup, offload=offload)
     for moved, calls, counts, kept in pool[world_size].run(sent, setup, [include]):
         numel, even = sum(counts), max(counts) * world_size <= 1.05 * sum(counts)
         assert even == (include == "*"), "vacuous: of both kinds there is a cell"
@@ -280,10 +294,11 @@ def test_other_ways_to_a_step(pool: RankPool, name: str) -> None:
     """Bitwise the dense path of ZeRO-1, which adds in the same order."""
     setup = replace(BASE, stage=1, family="gpt2", accumulation=1)
     expected = pool[2].run(after, setup, "dense", name)
-    for stage in (1,) if name == "without_sync" else (1, 2):
-        for a, b in zip(expected, pool[2].run(after, replace(setup, stage=stage), "compact", name), strict=True):
+    stages = (1,) if name == "without_sync" else (1, 2)
+    for each in (*(replace(setup, stage=stage) for stage in stages), replace(setup, stage=stages[-1], offload=True)):
+        for a, b in zip(expected, pool[2].run(after, each, "compact", name), strict=True):
             differing = [n for n, w in a.items() if not torch.equal(w, b[n])]
-            assert differing == [], stage
+            assert differing == [], (each.stage, each.offload)
     other = pool[2].run(after, setup, "dense", "unmanaged" if name == "replaced" else "replaced")
     if name != "interrupted":
         assert any(not torch.equal(w, other[0][n]) for n, w in expected[0].items()), "vacuous"
@@ -297,14 +312,108 @@ def four(setup: Setup, optimizer_state: str) -> tuple[Weights, list[int]]:
         return model_weights(engine), [s.index.numel() for s in shards.values()]
 
 
-def test_four_ranks_of_which_some_own_nothing(pool: RankPool) -> None:
+@pytest.mark.parametrize("offload", [False, True])
+def test_four_ranks_of_which_some_own_nothing(pool: RankPool, offload: bool) -> None:
     """Sums of four are added in another order than in DeepSpeed's all-reduce: equal to a few units in the last place."""
     setup = replace(BASE, stage=2, family="odd", accumulation=1, no_decay=("scale",))
-    dense, compact = (pool[4].run(four, setup, state) for state in ("dense", "compact"))
+    dense, compact = (
+        pool[4].run(four, replace(setup, offload=o), s) for s, o in (("dense", False), ("compact", offload))
+    )
     assert 0 in [count for _, counts in compact for count in counts], "vacuous: every rank owns something of each group"
     for (expected, _), (got, _) in zip(dense, compact, strict=True):
         for n, w in expected.items():
             torch.testing.assert_close(got[n], w, rtol=1e-5, atol=1e-6, msg=n)
+
+
+# ---------------------------------------------------------------- offload
+
+
+class Crossing(TorchDispatchMode):
+    """Bytes that are copied to the host and from it. Where all is on a CPU, the host is what holds `tensors`."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.bytes = [0, 0]
+        """To the host, to the device."""
+        self._host = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.copy_.default:
+            to_host, from_host = map(self._is_on_host, args[:2])
+            if to_host != from_host:
+                self.bytes[from_host] += args[1].nbytes
+        return function(*args, **(kwargs or {}))
+
+    def _is_on_host(self, tensor: Tensor) -> bool:
+        if get_accelerator().device_name() != "cpu":
+            return tensor.device.type == "cpu"
+        return tensor.untyped_storage().data_ptr() in self._host
+
+
+def crossed(setup: Setup, with_child: bool) -> tuple[list[int], int]:
+    """Bytes that cross in the third step, and elements that this rank steps."""
+    torch.manual_seed(0)
+    with engine_of(setup) as engine:
+        steps = [share(setup, step, setup.accumulation * dist.get_world_size()) for step in range(3)]
+        optimizer = engine.optimizer
+        host, stepped = [], sum(flat.numel() for flat in optimizer.single_partition_of_fp32_groups)
+        if with_child:
+            child = ds_childtune.attach(engine, BLOCK | {"optimizer_state": "compact"})
+            child.select()
+            compact: Any = child._hooks.child
+            host = [compact.plumbing._crossing, *(shard.tensor for shard in compact.shards.values())]
+            stepped = sum(shard.tensor.numel() for shard in compact.shards.values())
+        for step in steps[:2]:
+            train_step(engine, step)
+        host += [*optimizer.single_partition_of_fp32_groups, *optimizer.param_buffer_of_bit16_for_cpu_offload_groups]
+        host += [flat.grad for flat in optimizer.single_partition_of_fp32_groups if flat.grad is not None]
+        with Crossing([*host, *optimizer.accumulated_grads_in_cpu.values()]) as crossing:
+            train_step(engine, steps[2])
+        return crossing.bytes, stepped
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_with_offload_only_the_child_crosses(pool: RankPool, stage: int) -> None:
+    """Twice in 16 bits, once each way, however many micro-batches. Plain DeepSpeed sends gradients of its shard in fp32, and more
+    with further micro-batches at ZeRO-2."""
+    setup = replace(BASE, stage=stage, bf16=True, offload=True, family="llama", accumulation=2, no_decay=("norm",))
+    plain, child = (pool[2].run(crossed, setup, with_child) for with_child in (False, True))
+    for (bytes_plain, numel), (bytes_child, owned) in zip(plain, child, strict=True):
+        assert 100 < owned < 0.4 * numel, "vacuous"
+        assert bytes_child == [2 * owned, 2 * owned]
+        assert bytes_plain[0] > 3.5 * numel, "padding does not cross"
+        assert bytes_plain[1] >= 2 * numel
+
+
+def in_between(setup: Setup, where: str) -> Weights:
+    """Weights of a run in which a child is chosen, or detached, after a backward pass and before its step."""
+    torch.manual_seed(0)
+    with engine_of(setup) as engine:
+        block = BLOCK | {"optimizer_state": "compact", "clip": "child"}
+        child = ds_childtune.attach(engine, block)
+        if where == "detach":
+            child.select()
+        train = share(setup, 0, 3 * dist.get_world_size())
+        for batch in train[:2] if where == "detach" else ():
+            train_step(engine, [batch])
+        backward(engine, train[2])
+        if where == "detach":
+            child.detach()
+        else:
+            child.select()
+        engine.step()
+        return model_weights(engine)
+
+
+@pytest.mark.parametrize("where", ["select", "detach"])
+def test_a_gradient_that_waits_for_its_step_crosses_over(pool: RankPool, where: str) -> None:
+    """The norm included, which clips: equal to the last bits to the same without offload."""
+    setup = replace(BASE, stage=2, accumulation=1, clip=0.01, no_decay=("ln", "bias"), optimizer=SGD)
+    stayed, crossed_over = (pool[2].run(in_between, replace(setup, offload=o), where) for o in (False, True))
+    unclipped = pool[2].run(in_between, replace(setup, clip=0.0), where)
+    for expected, got, other in zip(stayed, crossed_over, unclipped, strict=True):
+        assert all(torch.allclose(got[n], w, rtol=1e-5, atol=1e-7) for n, w in expected.items())
+        assert any(not torch.allclose(other[n], w, rtol=1e-5, atol=1e-7) for n, w in expected.items()), "vacuous"
 
 
 # ---------------------------------------------------------------- ZeRO-3

@@ -12,7 +12,7 @@ in full; padding is not. `Parts` says what is compact:
     moments, masters and gradients    ZeRO 1-3    gradients are kept for the child only, too; at ZeRO 1 and 2 nothing else is sent.
 
 Where masters are compact DeepSpeed itself runs on child shards: see `Plumbing`, `zero/compact_stage3.py`, `zero/compact_stage12.py`,
-`zero/compact_sending.py`.
+`zero/compact_sending.py`, and for CPU offload `zero/compact_sending_offload.py`.
 
 With compact moments only, weights are edited in the flat shard (a checkpoint is loaded into it), and the next step begins with those;
 where it is 16-bit, the child shard is the fp32 master of every element that was not edited. With compact masters the child shard is
@@ -49,10 +49,10 @@ class Plumbing(Protocol):
     """What ranks keep of one another, for a reader, once installed; empty: nothing that is worth a word."""
 
     def install(self, shards: Sequence[ChildShard]) -> None:
-        """DeepSpeed runs on child shards; flat shards become views of the parameters that the forward pass uses."""
+        """DeepSpeed runs on child shards; flat shards become views of the parameters that the forward pass uses, or 16-bit copies."""
 
     def remove(self) -> None:
-        """DeepSpeed's lists hold flat shards again, still as views of the parameters: for another child that follows at once."""
+        """DeepSpeed's lists hold flat shards again, still as views or copies: for another child that follows at once."""
 
     def restore_dense(self, shards: Sequence[ChildShard]) -> None:
         """After `remove`, for good: flat shards of the masters' dtype, which hold the child's values."""

@@ -117,7 +117,7 @@ def _keys(reading: ConfigReading, child: ChildTuningConfig) -> Iterator[Key]:
     yield Key("optimizer.type", reading.optimizer or "none", _optimizer_effect(reading))
     for what in ("offload_optimizer", "offload_param"):
         if (device := reading.offload(what)) != "none":
-            yield Key(f"zero_optimization.{what}", device, "compact moments only, and no lean_start")
+            yield Key(f"zero_optimization.{what}", device, _offload_effect(reading.stage))
     if reading.accumulation is not reading.dtype:
         name = str(reading.accumulation).removeprefix("torch.")
         yield Key("data_types.grad_accum_dtype", name, "at ZeRO 1 and 2, compact moments only")
@@ -152,6 +152,12 @@ def _stage_effect(stage: int) -> str:
         2: "moments, masters and gradients can be compact; then only the child is sent",
         3: "moments, masters and gradients can be compact; then only the child's gradients are sent",
     }[stage]
+
+
+def _offload_effect(stage: int) -> str:
+    if stage == 3:
+        return "compact moments only, and no lean_start"
+    return "masters and moments are on the host; where only the child is sent, only the child moves there and back"
 
 
 def _clip_effect(reading: ConfigReading, child: ChildTuningConfig) -> str:

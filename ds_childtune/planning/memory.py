@@ -13,6 +13,10 @@ a sub-group: at most sub_group_size. What is kept between steps:
     child        none                  1 S: a mask           4 C: an index         none              4 C
     buckets      2 reduce_bucket_size, all three             none                  none
 
+With CPU offload masters, moments, scores and the fp32 gradients of a step are the host's (`Phase.host`), and at ZeRO-1 and 2 the
+buffer through which weights come back. There a compact child that sends itself has 4 C of index on both sides, and 2 C on the host
+for what crosses; buffer and index are all that is left of the size of its shard.
+
 A phase's peak has besides, for a while: gathered weights and what is gathered in advance (ZeRO-3), gradients and buckets of the
 backward pass (ZeRO-1 and 2), fp32 gradients of what is stepped, scores and the Fisher pass's bucket, and the index as int64. Only one
 of the moments of a phase is its peak: `Phase.moments` has them all. `tests/benchmarks/plan.py` compares all of this with what
@@ -50,7 +54,7 @@ class Phase:
     moments: Mapping[str, int] = field(default_factory=dict)
     """Bytes beside `kept`, for a while: by what makes them."""
     host: int = 0
-    """Bytes in the host's memory."""
+    """Bytes in the host's memory, between steps."""
 
     @property
     def live(self) -> int:
@@ -124,19 +128,37 @@ def _kept(own: Shares, run: Run) -> dict[Kind, int]:
         "masters": 0 if without_masters else run.master * own.shard * on_device,
         "moments": run.moments * own.shard if run.stage == 0 and not without_masters else 0,
         "child": 0,
-        "buckets": run.weight * run.bucket if run.stage == 3 else 0,
+        "buckets": run.weight * run.bucket if run.stage == 3 else _temporary(own, run),
         "scores": 0,
     }
 
 
+def _temporary(own: Shares, run: Run) -> int:
+    """At ZeRO-1 and 2 with offload, on both sides: what DeepSpeed adds a parameter's gradients up in."""
+    return run.weight * own.largest if run.offload and run.stage in (1, 2) else 0
+
+
 def _host(own: Shares, run: Run) -> int:
-    """Masters, their gradients, and moments, where they are offloaded."""
+    """Masters and their gradients, where they are offloaded, before there is a child; ZeRO-1 and 2 have a buffer for weights, too."""
     if not run.offload:
         return 0
-    stepped = own.child if run.parts else own.shard
+    other = run.accumulated if run.stage == 3 else run.weight
+    return (2 * run.master + other) * own.shard + _temporary(own, run)
+
+
+def _host_with_child(own: Shares, run: Run) -> int:
+    """Before its first step."""
+    if not run.offload:
+        return 0
+    if run.parts == "moments, masters and gradients":
+        return run.weight * (own.shard + own.child) + (_FP32 + _INDEX) * own.child
     extra = (_FP32 + _INDEX) * own.child if run.parts else (own.shard if run.child == "ChildTuning-D" else 0)
-    gradients = _FP32 + (run.accumulated if run.stage == 3 else 0)
-    return (run.master + gradients) * own.shard + run.moments * stepped + extra
+    return _host(own, run) + extra
+
+
+def _host_in_steps(own: Shares, run: Run) -> int:
+    moments = run.moments * (own.child if run.parts else own.shard) if run.offload else 0
+    return _host_with_child(own, run) + moments
 
 
 # ---------------------------------------------------------------- choosing the child
@@ -158,7 +180,8 @@ def _gathered(own: Shares, run: Run) -> dict[str, int]:
 
 
 def _fisher(own: Shares, run: Run, start: Phase) -> Phase:
-    kept: dict[Kind, int] = dict(start.kept) | {"scores": run.score * own.scored}
+    scores = run.score * own.scored
+    kept: dict[Kind, int] = dict(start.kept) | {"scores": 0 if run.offload else scores}
     kept["weights"] += _whole(own, run)
     bucket = _FP32 * min(run.fisher_bucket, own.eligible)
     bucket += bucket // run.world_size if run.stage == 3 else 0
@@ -168,18 +191,18 @@ def _fisher(own: Shares, run: Run, start: Phase) -> Phase:
         "forward": bucket + gathered["forward"],
         "backward": bucket + max(gathered["backward"], gradients),
     }
-    return Phase("Fisher", kept, moments, start.host)
+    return Phase("Fisher", kept, moments, start.host + (scores if run.offload else 0))
 
 
 def _selection(own: Shares, run: Run, start: Phase) -> Phase:
     """The threshold, then masks and, compact, an index and the child's own tensors, before what they replace is freed."""
-    scores = run.score * own.scored
+    scores = 0 if run.offload else run.score * own.scored
     # Where DeepSpeed has taken a step at the start, there are moments already.
     kept = _kept_in_steps(own, run)
     kept["moments"] = kept["moments"] if start.kept["moments"] else 0
     before = sum(start.kept.values()) + _whole(own, run)
     tile = _INT64 * min(_TILE, own.largest)
-    mask = own.shard
+    mask = 0 if run.offload else own.shard
     moments = {"threshold": before + scores + tile, "masks": before + scores + mask}
     if run.parts is not None and not run.offload:
         index = max(
@@ -192,7 +215,8 @@ def _selection(own: Shares, run: Run, start: Phase) -> Phase:
     if run.sends_child and run.stage < 3:
         # This rank's indices, and its chunk of the row of all ranks' that is kept.
         moments["sending indices"] = live + 2 * _INDEX * own.child
-    return Phase("selection", kept, {name: most - live for name, most in moments.items()}, start.host)
+    moments = {name: most - live for name, most in moments.items()}
+    return Phase("selection", kept, moments, _host_with_child(own, run))
 
 
 # ---------------------------------------------------------------- steps
@@ -202,6 +226,9 @@ def _kept_in_steps(own: Shares, run: Run) -> dict[Kind, int]:
     kept = _kept(own, run)
     kept["weights"] += _whole(own, run)
     if run.offload:
+        if run.parts == "moments, masters and gradients":
+            kept["child"] = _INDEX * own.child * run.world_size
+            kept["buckets"] = 0
         return kept
     kept["moments"] = run.moments * own.shard
     if run.child == "ChildTuning-D" and run.parts is None:
@@ -240,11 +267,16 @@ def _steps(own: Shares, run: Run) -> Phase:
     elif run.stage == 0:
         backward = run.weight * own.trainable
     moments = {"forward": gathered["forward"], "backward": backward, "optimizer step": _in_the_step(own, run)}
-    return Phase("steps", _kept_in_steps(own, run), moments, _host(own, run))
+    return Phase("steps", _kept_in_steps(own, run), moments, _host_in_steps(own, run))
 
 
 def _in_the_step(own: Shares, run: Run) -> int:
     """Gradients in the masters' dtype of what is stepped at once, beside those that came from the backward pass."""
+    if run.offload and run.parts == "moments, masters and gradients":
+        # DeepSpeed's norm, then new weights that have arrived, this rank's chunk and all ranks' new weights.
+        owned = run.weight * own.child
+        tile = (_INT64 + run.weight) * min(_TILE, own.child)
+        return max((run.accumulated + _FP64) * own.child, owned + max(tile, owned * run.world_size + max(owned, tile)))
     if run.offload:
         return run.accumulated * own.shard if run.stage < 3 else 0
     gradients = 0 if run.stage == 0 and run.weight == _FP32 else run.master

@@ -18,7 +18,8 @@ whose chunks they are in to their owners, and weights back:
 Gloo's reduce-scatter is an all-reduce inside, which sends twice as much. There ranks exchange chunks and add them up, in fp32. And its
 exchanges use one direction of a link at a time, so a row is sent in segments, a few of them side by side.
 
-The indices are shared once. They are as large as the row, int32, and this rank's part takes the place of its child shards' indices.
+The indices are shared once. They are as large as the row, int32, and this rank's part takes the place of its child shards' indices,
+where those are on the same device.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class ChildLayout:
         """
         Args:
             optimizer: DeepSpeed's, of ZeRO 1 or 2.
-            shards: by group. Their indices become views of this one's.
+            shards: by group. Their indices become views of this one's, where they are on the device of the parameters.
         """
         from deepspeed import comm as dist
 
@@ -113,14 +114,16 @@ class ChildLayout:
         self.rank = int(dist.get_rank(group=self._group))
         self._on_gloo = torch.distributed.get_backend(self._group) == "gloo"
         self._sizes = [int(size) for size in optimizer.partition_size]
-        mine = torch.tensor([shard.index.numel() for shard in shards], device=shards[0].index.device)
+        self.device: torch.device = optimizer.bit16_groups_flat[0].device
+        mine = torch.tensor([shard.index.numel() for shard in shards], device=self.device)
         counts = mine.new_empty(self.ranks * len(shards))
         dist.all_gather_into_tensor(counts, mine, group=self._group)
         self._counts: list[list[int]] = counts.view(self.ranks, -1).tolist()
         self._cut = Cut.of([sum(row) for row in self._counts])
-        self._index = self._shared([shard.index for shard in shards])
-        for shard, view in zip(shards, self._parts(self._index, self.rank), strict=True):
-            shard.index.data = view
+        self._index = self._shared([shard.index.to(self.device) for shard in shards])
+        for shard, view in zip(shards, self.index, strict=True):
+            if shard.index.device == self.device:
+                shard.index.data = view
         self.pieces: dict[int, list[Piece]] = {}
         """By the parameter's id; none where it has no element of the child."""
         for i in range(len(shards)):
@@ -130,6 +133,11 @@ class ChildLayout:
     def mine(self) -> list[int]:
         """Elements of this rank's child, by group."""
         return self._counts[self.rank]
+
+    @property
+    def index(self) -> list[Tensor]:
+        """The places of this rank's child in its partition, by group: on the device of the parameters."""
+        return list(self._parts(self._index, self.rank))
 
     @property
     def numel(self) -> int:
@@ -153,6 +161,12 @@ class ChildLayout:
         owned = row.new_empty(sum(ours))
         dist.all_to_all_single(owned, chunk.narrow(0, 0, sum(theirs)), ours, theirs, group=self._group)
         return owned
+
+    def put(self, owned: Tensor, flats: Sequence[Tensor]) -> None:
+        """Put what this rank owns into its own flat buffers, by group. Arguments are those of `spread`."""
+        parts = zip(flats, self._sizes, self.index, owned.split(self.mine), strict=True)
+        for flat, size, index, values in parts:
+            put_(flat.narrow(0, self.rank * size, size), index, values)
 
     def spread(self, owned: Tensor, flats: Sequence[Tensor]) -> None:
         """Put what each rank owns into every other rank's flat buffers, by group. A collective.

@@ -3,16 +3,18 @@
 [Note: what is compact]
 Everywhere *moments* exist for the child's elements only. DeepSpeed can also be made to keep nothing but the child's of
 
-    ZeRO 1, 2    masters                   without offload, and with gradients that are accumulated in the model's dtype
-                 and gradients             where no norm of the whole gradient is needed, too; then only the child is sent
+    ZeRO 1, 2    masters                   with gradients that are accumulated in the model's dtype; with offload only where gradients
+                                           are compact, too
+                 and gradients             where no norm of the whole gradient is needed, too; then only the child is sent, and with
+                                           offload moved between host and device
     ZeRO-3       masters and gradients     without offload, and where no norm of the whole gradient is needed; then only the
                                            child's gradients are sent
 
 so that is done where the config allows it. To send only the child, every rank must know which elements are the child's on all ranks,
 and keep their masks. Where there is no memory for these, "sends": "whole" does without.
 
-This file decides, for an engine or beforehand for a config; `compact_stage12.py`, `compact_sending.py`, `compact_stage3.py` and
-`compact_sending_stage3.py` do it.
+This file decides, for an engine or beforehand for a config; `compact_stage12.py`, `compact_sending.py`, `compact_sending_offload.py`,
+`compact_stage3.py` and `compact_sending_stage3.py` do it.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ from typing import Any, Literal
 
 from ds_childtune.child.compact import Parts, Plumbing
 from ds_childtune.zero.compact_sending import SendingPlumbing
+from ds_childtune.zero.compact_sending_offload import OffloadedPlumbing
 from ds_childtune.zero.compact_sending_stage3 import SendingZeroThreePlumbing
 from ds_childtune.zero.compact_stage3 import ZeroThreePlumbing
 from ds_childtune.zero.compact_stage12 import ZeroTwoPlumbing
-from ds_childtune.zero.engine import Engine, Wrapper, wrapper_of
+from ds_childtune.zero.engine import Engine, Wrapper, is_offloaded, wrapper_of
 from ds_childtune.zero.lean_start import is_lean
 from ds_childtune.zero.settings import Settings
 
@@ -68,6 +71,8 @@ class CompactParts:
             # One rank has nothing to send, and no other's mask to keep.
             sending = found.sends_child and engine.optimizer.partition_count > 1
             return cls((SendingZeroThreePlumbing if sending else ZeroThreePlumbing)(engine), found.text)
+        if is_offloaded(engine):
+            return cls(OffloadedPlumbing(engine), found.text)
         return cls((SendingPlumbing if found.sends_child else ZeroTwoPlumbing)(engine), found.text)
 
     def __str__(self) -> str:
@@ -80,20 +85,30 @@ def compact_parts(settings: Settings, clip: Clip, sends: Sends = "child") -> Com
     """As much as there can be without changing what the config says about the gradient norm, and about what is sent."""
     against = _reason_against(settings, clip)
     if against is not None:
-        return Compactness("moments", False, f"moments of the child only; masters and gradients stay whole: {against}")
+        return _moments_only(against, settings)
     whole = _reason_to_send_whole(settings, sends)
     text = "moments, masters and gradients of the child only; the gradient norm is the child's"
     if settings.wrapper is Wrapper.ZERO_3:
         sent = f"gradients are sent whole: {whole}" if whole else "only the child's gradients are sent"
         return Compactness("moments, masters and gradients", whole is None, f"{text}; {sent}")
     whole = _norm_of_whole(clip, clips=settings.clips) or whole
+    if whole is not None and settings.offloaded:
+        return _moments_only(whole, settings)
     if whole is not None:
         return Compactness(
             "moments and masters",
             False,
             f"moments and masters of the child only; gradients stay and are sent whole: {whole}",
         )
-    return Compactness("moments, masters and gradients", True, f"{text}; only the child is sent")
+    moved = ", and moved between host and device" if settings.offloaded else ""
+    return Compactness("moments, masters and gradients", True, f"{text}; only the child is sent{moved}")
+
+
+def _moments_only(reason: str, settings: Settings) -> Compactness:
+    moved = "; between host and device gradients and weights move whole" if settings.offloaded else ""
+    return Compactness(
+        "moments", False, f"moments of the child only; masters and gradients stay whole: {reason}{moved}"
+    )
 
 
 def refuse_lean(engine: Engine, *, compact: bool, clip: Clip) -> None:
@@ -136,7 +151,7 @@ def _reason_against(settings: Settings, clip: Clip) -> str | None:
     """Why masters cannot be compact, or None."""
     if settings.wrapper not in (Wrapper.ZERO_1_2, Wrapper.ZERO_3):
         return f"{settings.keeper} keeps them in another way than ZeRO's"
-    if settings.offloaded:
+    if settings.wrapper is Wrapper.ZERO_3 and settings.offloaded:
         return "with offload the optimizer's state is not on the device"
     if settings.wrapper is Wrapper.ZERO_3:
         return _norm_of_whole(clip, clips=settings.clips)

@@ -68,7 +68,7 @@ class _Mapped:
         # It drops every `_hp_mapping` and makes new ones from dense state.
         put.method(optimizer, "offload_states", _refusing("offload_states"))
         if child.parts != "moments":
-            put.method(optimizer, "_restore_from_bit16_weights", self._restore_from_bit16_weights)
+            put.around(optimizer, "_restore_from_bit16_weights", self._restore_from_bit16_weights)
 
     def remove(self) -> None:
         self._overrides.remove()
@@ -100,7 +100,8 @@ class _Mapped:
 
         return get_lp_grad_fragment
 
-    def _restore_from_bit16_weights(self) -> None:
+    def _restore_from_bit16_weights(self, original: Callable[..., Any]) -> None:
+        original()  # flat shards: with offload they are copies of the weights
         for shard in self._child.shards.values():
             shard.tensor.copy_(shard.flat.flat().index_select(0, shard.index))
 

@@ -58,10 +58,10 @@ class SendingPlumbing(ZeroTwoPlumbing):
     def _override(self) -> None:
         optimizer, put = self._optimizer, self._overrides
         self._layout = ChildLayout(optimizer, self._shards)
-        for i, shard in enumerate(self._shards):
+        for i, index in enumerate(self._layout.index):
             if (gradients := optimizer.averaged_gradients.get(i)) is not None:
                 whole = torch.cat([g.reshape(-1) for g in gradients])
-                optimizer.averaged_gradients[i] = Gradients(whole.index_select(0, shard.index))
+                optimizer.averaged_gradients[i] = Gradients(whole.index_select(0, index))
         put.method(optimizer, "process_gradients", self._take)
         put.method(optimizer, "reduce_ready_partitions_and_remove_grads", self._take)
         put.method(optimizer, "overlapping_partition_gradients_reduce_epilogue", self._epilogue)
@@ -70,10 +70,11 @@ class SendingPlumbing(ZeroTwoPlumbing):
         put.around(optimizer, "step", self._step)
 
     def remove(self) -> None:
-        for i, shard in enumerate(self._shards):
+        places = [] if self._layout is None else self._layout.index
+        for i, index in enumerate(places):
             if (gradients := self._optimizer.averaged_gradients.get(i)) is not None:
-                dense = gradients[0].new_zeros(shard.flat.numel)
-                put_(dense, shard.index, gradients[0])
+                dense = gradients[0].new_zeros(self._shards[i].flat.numel)
+                put_(dense, index, gradients[0])
                 self._optimizer.averaged_gradients[i] = [dense]
         super().remove()
         self._layout = self._sum = self._stream = None
@@ -102,8 +103,8 @@ class SendingPlumbing(ZeroTwoPlumbing):
         """The sum so far, safe to use on the current stream: a backward pass may run on several."""
         stream = get_accelerator().current_stream()
         if self._sum is None:
-            device = self._shards[0].index.device
-            self._sum = torch.zeros(self._installed.numel, dtype=self._optimizer.dtype, device=device)
+            layout = self._installed
+            self._sum = torch.zeros(layout.numel, dtype=self._optimizer.dtype, device=layout.device)
         elif stream != self._stream and not get_accelerator().resolves_data_dependency():
             stream.wait_stream(self._stream)
             self._sum.record_stream(stream)
@@ -165,7 +166,7 @@ class SendingPlumbing(ZeroTwoPlumbing):
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         optimizer, layout = self._optimizer, self._installed
         flats = optimizer.bit16_groups_flat
-        owned = torch.empty(sum(layout.mine), dtype=flats[0].dtype, device=flats[0].device)
+        owned = self._new_weights()
         sent: Sequence[Tensor] = owned.split(layout.mine)
         with Overrides() as put:
             put.attribute(optimizer, "single_partition_of_fp32_groups", [s.tensor for s in self._shards])
@@ -178,8 +179,17 @@ class SendingPlumbing(ZeroTwoPlumbing):
             result = original(*args, **kwargs)
         if not optimizer.overflow:
             with torch.no_grad():
-                layout.spread(owned, flats)
+                self._spread(owned, flats)
         return result
+
+    def _new_weights(self) -> Tensor:
+        """1-D: where DeepSpeed's step leaves the child's new 16-bit values, by group."""
+        like: Tensor = self._optimizer.bit16_groups_flat[0]
+        return like.new_empty(sum(self._installed.mine))
+
+    def _spread(self, owned: Tensor, flats: Sequence[Tensor]) -> None:
+        """Make them all ranks' weights. A collective."""
+        self._installed.spread(owned, flats)
 
 
 def _nothing(*_: object, **__: object) -> None:

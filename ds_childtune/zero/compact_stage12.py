@@ -57,10 +57,13 @@ class ZeroTwoPlumbing:
 
     def install(self, shards: Sequence[ChildShard]) -> None:
         self._shards = list(shards)
+        self._take_flat_shards()
+        self._override()
+
+    def _take_flat_shards(self) -> None:
         for flat, lp, mappings in parameter_partitions(self._optimizer):
             flat.data = lp.data
             mapped_to(flat, mappings)
-        self._override()
 
     def _override(self) -> None:
         self._overrides.around(self._optimizer, "unscale_and_clip_grads", self._unscale_and_clip_grads)

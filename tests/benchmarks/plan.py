@@ -1,6 +1,7 @@
 """What `ds_childtune plan` predicts, beside what engines hold: live tensors between steps, and the peak of each phase.
 
     python -m tests.benchmarks.plan                # six set-ups, a random Llama of 10.5 M parameters, 2 CPU ranks
+    python -m tests.benchmarks.plan --offload      # three at ZeRO-2; what the plan has on the host is added
 
 Measured are the storages of tensors that operations make while an engine is built and trains, by phase, of the rank that has
 most. Activations are in the measured figures and not in the plan; with 16 tokens they are 0.2 bytes for each parameter.
@@ -64,9 +65,11 @@ def llama(hidden: int = 256, layers: int = 8, inner: int = 704, vocabulary: int 
     )
 
 
-def config_of(stage: int, **changes: Any) -> dict[str, Any]:
+def config_of(stage: int, *, offload: bool = False, **changes: Any) -> dict[str, Any]:
     config = copy.deepcopy(CONFIG) | changes
     config["zero_optimization"]["stage"] = stage
+    if offload:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     return config
 
 
@@ -138,6 +141,11 @@ def predict(shape: transformers.LlamaConfig, config: dict[str, Any], block: dict
     return {phase.name: phase for phase in (plan.plain if block is None else plan.child).phases}
 
 
+def beside(phase: Phase) -> int:
+    """Bytes on the host, where host and device are one, and this rank's index is one tensor for both."""
+    return phase.host - (phase.kept["child"] // RANKS if phase.host else 0)
+
+
 def error(predicted: int, measured: int) -> float:
     return predicted / measured - 1
 
@@ -145,6 +153,7 @@ def error(predicted: int, measured: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="kinds of child, with commas between them")
+    parser.add_argument("--offload", action="store_true", help="of the optimizer, to the CPU")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     kinds = args.only.split(",") if args.only else list(BLOCKS)
@@ -157,15 +166,15 @@ def main() -> None:
     print("| set-up | phase | live: plan | measured | error | peak: plan | measured | error | of the peak |")
     print("|" + "---|" * 9)
     pool = RankPool()
-    for stage in (2, 3):
+    for stage in (2,) if args.offload else (2, 3):
         for kind in kinds:
-            config = config_of(stage)
+            config = config_of(stage, offload=args.offload)
             predicted = predict(shape, config, BLOCKS[kind])
             everyone = pool[RANKS].run(measure, shape, config, BLOCKS[kind])
             for name, phase in predicted.items():
                 top, live = (max(found[name][i] for found in everyone) for i in (0, 1))
                 cells = [f"ZeRO-{stage}, {kind}", name]
-                for mine, real in ((phase.live, live), (phase.peak, top)):
+                for mine, real in ((phase.live + beside(phase), live), (phase.peak + beside(phase), top)):
                     cells += [f"{mine / elements:.2f}", f"{real / elements:.2f}", f"{error(mine, real):+.1%}"]
                 print(f"| {' | '.join([*cells, phase.peak_is])} |", flush=True)
     pool.close()

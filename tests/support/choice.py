@@ -86,7 +86,9 @@ MORE = (
     "test_reselect.py::test_a_selection_that_fails_half_way_changes_nothing[dense-zero2]",
     "test_reselect.py::test_a_selection_that_fails_half_way_changes_nothing[gradients-zero1]",
     "test_reselect.py::test_a_selection_that_fails_half_way_changes_nothing[gradients-zero3]",
+    "test_reselect.py::test_a_selection_that_fails_half_way_changes_nothing[moments-zero2-offload]",
     "test_reselect.py::test_elements_that_stay_keep_their_state[gradients-zero1]",
     "test_reselect.py::test_elements_that_stay_keep_their_state[gradients-zero3-bf16]",
+    "test_reselect.py::test_elements_that_stay_keep_their_state[moments-zero2-offload]",
 )
 """Only of `--all`: cells whose stage, precision, model and options other cells of the same test have, in other combinations."""

@@ -19,6 +19,7 @@ class Place:
     stage: int
     sub_group_size: int = 90
     round_robin: bool = False
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,5 +45,6 @@ def setup_of(place: Place, bf16: bool) -> Setup:
         accumulation=accumulation,
         sub_group_size=place.sub_group_size,
         round_robin=place.round_robin,
+        offload=place.offload,
         no_decay=("bias",),
     )

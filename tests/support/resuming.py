@@ -89,6 +89,7 @@ SETUPS = {
     **{f"zero{s}-bf16": replace(BASE, stage=s, bf16=True) for s in range(4)},
     "zero3-all-compact": ALL_COMPACT,
     "zero3-all-compact-bf16": replace(ALL_COMPACT, bf16=True),
+    "zero2-offload-all-compact-bf16": replace(ALL_COMPACT, stage=2, bf16=True, offload=True),
     "zero3-lean-bf16": replace(ALL_COMPACT, bf16=True, lean=True),
 }
 
