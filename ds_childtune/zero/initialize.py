@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from ds_childtune.zero.compact_parts import can_start_lean
-from ds_childtune.zero.lean_start import lean_start
+from ds_childtune.zero.lean_start import lean_engines
 from ds_childtune.zero.overrides import Overrides
 
 
@@ -26,7 +26,8 @@ def around_initialize(take: Callable[[Any], None], block: Callable[[Mapping[str,
         if isinstance(config, Mapping):
             child_tuning = block(config)
             lean = child_tuning is not None and can_start_lean({**config, "child_tuning": child_tuning})
-        with lean_start() if lean else nullcontext():
+        # No error without an optimizer: of a Trainer's other models, such as DPO's reference model, DeepSpeed only makes engines.
+        with lean_engines() if lean else nullcontext():
             made = original(*args, **kwargs)
         take(made[0])
         return made

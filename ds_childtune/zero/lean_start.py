@@ -44,9 +44,21 @@ def lean_start() -> Iterator[None]:
         NotImplementedError: inside `deepspeed.initialize`, with offload, or in fp16.
         RuntimeError: at the end of the `with`, when no ZeRO-3 engine was made in it.
     """
+    with lean_engines() as made:
+        yield
+    if not made:
+        raise RuntimeError(
+            "lean_start: expected deepspeed.initialize to make a ZeRO-3 engine inside the `with`, got none."
+            " Remedy: set zero_optimization.stage to 3, or leave lean_start out."
+        )
+
+
+@contextmanager
+def lean_engines() -> Iterator[list[Optimizer]]:
+    """As `lean_start`, for callers who do not know whether an optimizer will be made. The list fills with those that were."""
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
 
-    made = []
+    made: list[Optimizer] = []
 
     def lean_create(create: Callable[[Optimizer], None], optimizer: Optimizer) -> None:
         _refuse_unsupported(optimizer)
@@ -58,17 +70,12 @@ def lean_start() -> Iterator[None]:
         refusing = Overrides()
         refusing.method(optimizer, "partition_grads", _no_gradients)
         setattr(optimizer, _MARK, refusing)
-        made.append(True)
+        made.append(optimizer)
 
     with Overrides() as overrides:
         overrides.around(Stage3, "_create_fp32_partitions", lean_create)
         overrides.around(Stage3, "_setup_for_real_optimizer", lean_setup)
-        yield
-    if not made:
-        raise RuntimeError(
-            "lean_start: expected deepspeed.initialize to make a ZeRO-3 engine inside the `with`, got none."
-            " Remedy: set zero_optimization.stage to 3, or leave lean_start out."
-        )
+        yield made
 
 
 def is_lean(engine: Any) -> bool:

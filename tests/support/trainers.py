@@ -78,7 +78,9 @@ def fresh_accelerate() -> Iterator[None]:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def arguments(folder: str, ds_config: dict[str, Any], **options: Any) -> Any:
+def arguments(
+    folder: str, ds_config: dict[str, Any], make: Any = transformers.TrainingArguments, **options: Any
+) -> Any:
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 4 // dist.get_world_size(),
         "gradient_accumulation_steps": 2,
@@ -92,7 +94,7 @@ def arguments(folder: str, ds_config: dict[str, Any], **options: Any) -> Any:
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    return transformers.TrainingArguments(output_dir=folder, deepspeed=ds_config, **(defaults | options))
+    return make(output_dir=folder, deepspeed=ds_config, **(defaults | options))
 
 
 def tiny_gpt2() -> nn.Module:
