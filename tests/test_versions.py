@@ -31,11 +31,11 @@ def test_one_range() -> None:
 @pytest.mark.parametrize(
     ("wanted", "found", "allowed"),
     [
-        (">=0.19.7,<0.20", "0.19.7", True),
-        (">=0.19.7,<0.20", "0.19.8+cpu", True),
-        (">=0.19.7,<0.20", "0.19.6", False),
-        (">=0.19.7,<0.20", "0.20.0", False),
-        (">=0.19.7,<0.20", "0.9.5", False),
+        (">=0.19.8,<0.20", "0.19.8", True),
+        (">=0.19.8,<0.20", "0.19.8+cpu", True),
+        (">=0.19.8,<0.20", "0.19.7", False),
+        (">=0.19.8,<0.20", "0.20.0", False),
+        (">=0.19.8,<0.20", "0.9.5", False),
         (">=2.6", "2.13.0+cpu", True),
         (">=2.6", "2.5.1", False),
         (">=2.6", "2.6.0a0+git1", True),
@@ -47,7 +47,7 @@ def test_ranges(wanted: str, found: str, allowed: bool) -> None:
 
 def test_another_version_is_an_error_that_names_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_versions, "version", {"deepspeed": "0.18.9", "torch": "2.13.0"}.__getitem__)
-    with pytest.raises(ImportError, match=r"expected deepspeed>=0.19.7,<0.20, got 0.18.9. Remedy: pip install"):
+    with pytest.raises(ImportError, match=r"expected deepspeed>=0.19.8,<0.20, got 0.18.9. Remedy: pip install"):
         check_versions()
     monkeypatch.setattr(_versions, "version", metadata.version)
     check_versions()
@@ -63,4 +63,4 @@ def test_it_is_said_before_deepspeed_is_imported(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", "import ds_childtune"], env=env, text=True, capture_output=True, check=False
     )
-    assert "ImportError: ds_childtune: expected deepspeed>=0.19.7,<0.20, got 0.18.9" in ended.stderr
+    assert "ImportError: ds_childtune: expected deepspeed>=0.19.8,<0.20, got 0.18.9" in ended.stderr
