@@ -389,14 +389,20 @@ def in_between(setup: Setup, where: str) -> Weights:
     """Weights of a run in which a child is chosen, or detached, after a backward pass and before its step."""
     torch.manual_seed(0)
     with engine_of(setup) as engine:
-        block = BLOCK | {"optimizer_state": "compact", "clip": "child"}
-        child = ds_childtune.attach(engine, block)
+        train = share(setup, 0, 3 * dist.get_world_size())
+        if where == "one rank's":
+            train_step(engine, train[:1])
+        child = ds_childtune.attach(engine, BLOCK | {"optimizer_state": "compact", "clip": "child"})
         if where == "detach":
             child.select()
-        train = share(setup, 0, 3 * dist.get_world_size())
-        for batch in train[:2] if where == "detach" else ():
-            train_step(engine, [batch])
-        backward(engine, train[2])
+            for batch in train[:2]:
+                train_step(engine, [batch])
+        if where == "one rank's":
+            first: Any = next(engine.module.parameters())
+            assert (first._hp_mapping is None) == (dist.get_rank() == 1)
+            engine.backward(first.square().sum() / 10)
+        else:
+            backward(engine, train[2])
         if where == "detach":
             child.detach()
         else:
@@ -405,10 +411,11 @@ def in_between(setup: Setup, where: str) -> Weights:
         return model_weights(engine)
 
 
-@pytest.mark.parametrize("where", ["select", "detach"])
+@pytest.mark.parametrize("where", ["select", "detach", "one rank's"])
 def test_a_gradient_that_waits_for_its_step_crosses_over(pool: RankPool, where: str) -> None:
-    """The norm included, which clips: equal to the last bits to the same without offload."""
-    setup = replace(BASE, stage=2, accumulation=1, clip=0.01, no_decay=("ln", "bias"), optimizer=SGD)
+    """The norm included, which clips: equal to the last bits to the same without offload. Also where it is of a parameter that only
+    one rank steps, and the other has no gradient but that of the step before."""
+    setup = replace(BASE, stage=2, accumulation=1, clip=0.1, no_decay=("ln", "bias"), optimizer=SGD)
     stayed, crossed_over = (pool[2].run(in_between, replace(setup, offload=o), where) for o in (False, True))
     unclipped = pool[2].run(in_between, replace(setup, clip=0.0), where)
     for expected, got, other in zip(stayed, crossed_over, unclipped, strict=True):

@@ -30,6 +30,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from ds_childtune.child.child_shard import ChildShard
+from ds_childtune.ranks import true_on_all
 from ds_childtune.zero.compact_sending import SendingPlumbing
 from ds_childtune.zero.compact_stage12 import mapped_to, parameter_partitions
 from ds_childtune.zero.overrides import Overrides
@@ -45,12 +46,12 @@ class OffloadedPlumbing(SendingPlumbing):
 
     def _take_flat_shards(self) -> None:
         optimizer = self._optimizer
-        # A rank without parameters cannot know.
-        waiting = bool(optimizer.norm_for_param_grads) or not any(optimizer.params_in_partition)
+        # Of what this rank steps, the last backward pass may have reached nothing.
+        waiting = not true_on_all(not optimizer.norm_for_param_grads)
         buffers = optimizer.param_buffer_of_bit16_for_cpu_offload_groups
         for i, (flat, lp, mappings) in enumerate(parameter_partitions(optimizer)):
-            if waiting and flat.grad is not None and flat.grad.dtype == optimizer.master_weights_and_grads_dtype:
-                optimizer.averaged_gradients[i] = [flat.grad.to(lp.device, lp.dtype)]
+            if waiting:
+                optimizer.averaged_gradients[i] = [self._waiting_gradient(i, flat).to(lp.device, lp.dtype)]
             flat.grad = None
             with torch.no_grad():
                 buffers[i].copy_(lp)
@@ -62,6 +63,16 @@ class OffloadedPlumbing(SendingPlumbing):
         optimizer.accumulated_grads_in_cpu.clear()
         optimizer._offload_accumulated_param_ids.clear()
         self._make_temporaries(0)
+
+    def _waiting_gradient(self, group: int, flat: Tensor) -> Tensor:
+        """What DeepSpeed has noted in the backward pass. Elsewhere is still what was there in an earlier step."""
+        optimizer, gradient = self._optimizer, torch.zeros_like(flat, requires_grad=False)
+        for param in optimizer.params_in_partition[group]:
+            number = optimizer.get_param_id(param)
+            if flat.grad is not None and number in optimizer.norm_for_param_grads:
+                *_, start, numel = optimizer.grad_position[number]
+                gradient.narrow(0, start, numel).copy_(flat.grad.narrow(0, start, numel))
+        return gradient
 
     def _override(self) -> None:
         super()._override()
