@@ -287,7 +287,7 @@ SETUPS = {
         ", offload": Setup("odd", bf16=True, offload=True),
         ", bf16 and fp32": Setup("odd", bf16=True, fp32_accumulation=True),
     }.items()
-    if stage or name not in (", offload", ", bf16 and fp32")
+    if stage or name != ", bf16 and fp32"
 }
 
 
@@ -327,6 +327,19 @@ def test_whole_gradients_are_sent_where_a_config_asks(stage: int) -> None:
         quantized = found("child", zero_quantized_gradients=True)
         assert not quantized.sends_child
         assert "zero_quantized_gradients" in quantized.text
+
+
+def test_at_zero_0_nothing_is_offloaded(llama_folder: Path, tmp_path: Path) -> None:
+    """As of an engine, above; plan and the keys say so, too."""
+    zero = {"stage": 0, "offload_optimizer": {"device": "cpu"}}
+    path = written(tmp_path, CONFIG | {"zero_optimization": zero})
+    effects = {key["name"]: key["effect"] for key in answer("check", path)["keys"]}
+    assert effects["zero_optimization.offload_optimizer"] == "nothing is offloaded at this stage"
+    found, expected = (
+        answer("plan", llama_folder, "--config", config)
+        for config in (path, written(tmp_path, CONFIG | {"zero_optimization": {"stage": 0}}, "without"))
+    )
+    assert found == expected
 
 
 # ---------------------------------------------------------------- plan

@@ -117,7 +117,7 @@ def _keys(reading: ConfigReading, child: ChildTuningConfig) -> Iterator[Key]:
     yield Key("optimizer.type", reading.optimizer or "none", _optimizer_effect(reading))
     for what in ("offload_optimizer", "offload_param"):
         if (device := reading.offload(what)) != "none":
-            yield Key(f"zero_optimization.{what}", device, _offload_effect(reading.stage))
+            yield Key(f"zero_optimization.{what}", device, _offload_effect(what, reading.stage))
     if reading.accumulation is not reading.dtype:
         name = str(reading.accumulation).removeprefix("torch.")
         yield Key("data_types.grad_accum_dtype", name, "at ZeRO 1 and 2, compact moments only")
@@ -154,7 +154,9 @@ def _stage_effect(stage: int) -> str:
     }[stage]
 
 
-def _offload_effect(stage: int) -> str:
+def _offload_effect(what: str, stage: int) -> str:
+    if stage == 0 or (what == "offload_param" and stage < 3):
+        return "nothing is offloaded at this stage"
     if stage == 3:
         return "compact moments only, and no lean_start"
     return "masters and moments are on the host; where only the child is sent, only the child moves there and back"

@@ -106,7 +106,7 @@ def run_of(config: Mapping[str, Any], child: ChildTuningConfig | None, world_siz
         accumulated=accumulated,
         moments=_moments(reading),
         temporaries=0 if reading.optimizer_is_fused or reading.optimizer is None else _TORCH_TEMPORARIES,
-        offload=reading.offload("offload_optimizer") != "none",
+        offload=settings.offloaded,
         lean=lean and can_start_lean({**config, "child_tuning": block}),
         score=_score(child) if scored and child is not None else 0,
         passes=scored and child is not None and child.selector in ("fisher", "lowest_fisher", "contrast"),

@@ -46,7 +46,7 @@ class Settings:
     @classmethod
     def of_config(cls, config: ConfigReading) -> Settings:
         """Raises ValueError for what DeepSpeed refuses."""
-        offloaded = config.offload("offload_optimizer") != "none"
+        offloaded = config.stage > 0 and config.offload("offload_optimizer") != "none"
         wrapper = _wrapper(config, offloaded)
         return cls(
             wrapper,
