@@ -346,13 +346,14 @@ def test_at_zero_0_nothing_is_offloaded(llama_folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("stage", "kind", "offload"), [(2, "dense", False), (3, "compact", False), (2, "compact", True)]
+    ("stage", "kind", "offload", "sends"),
+    [(2, "dense", False, ""), (3, "compact", False, ""), (2, "compact", True, "child"), (2, "compact", True, "whole")],
 )
-def test_plan_predicts_what_engines_hold(pool: RankPool, stage: int, kind: str, offload: bool) -> None:
+def test_plan_predicts_what_engines_hold(pool: RankPool, stage: int, kind: str, offload: bool, sends: str) -> None:
     """The larger set of set-ups, in which peaks are compared too, is tests/benchmarks/plan.py."""
-    config = config_of(stage, offload=offload)
+    config = config_of(stage, offload=offload, gradient_accumulation_steps=2 if offload else 1)
     config["zero_optimization"]["reduce_bucket_size"] = 50_000
-    block = everything_eligible(kind) if offload else BLOCKS[kind]
+    block = everything_eligible(kind) | {"sends": sends} if offload else BLOCKS[kind]
     predicted = predict(SMALL, config, block)
     everyone = pool[2].run(measure, SMALL, config, block)
     assert {"start", "Fisher", "selection", "steps"} == predicted.keys() == everyone[0].keys()

@@ -157,8 +157,12 @@ def _host_with_child(own: Shares, run: Run) -> int:
 
 
 def _host_in_steps(own: Shares, run: Run) -> int:
-    moments = run.moments * (own.child if run.parts else own.shard) if run.offload else 0
-    return _host_with_child(own, run) + moments
+    if not run.offload:
+        return 0
+    kept = _host_with_child(own, run) + run.moments * (own.child if run.parts else own.shard)
+    # ZeRO-2 reduces each micro-batch's gradients, and adds them up by way of the host; with 16-bit masters in their gradients.
+    adds = run.stage == 2 and run.accumulates and run.master == _FP32 and run.parts != "moments, masters and gradients"
+    return kept + (run.weight * own.shard if adds else 0)
 
 
 # ---------------------------------------------------------------- choosing the child

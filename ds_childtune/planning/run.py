@@ -48,6 +48,8 @@ class Run:
     """What the optimizer makes for each element for the length of a step."""
     offload: bool
     """Masters, moments and their gradients are in the host's memory."""
+    accumulates: bool
+    """Whether a step has several micro-batches."""
     lean: bool
     """`lean_start`."""
     score: int
@@ -107,6 +109,7 @@ def run_of(config: Mapping[str, Any], child: ChildTuningConfig | None, world_siz
         moments=_moments(reading),
         temporaries=0 if reading.optimizer_is_fused or reading.optimizer is None else _TORCH_TEMPORARIES,
         offload=settings.offloaded,
+        accumulates=int(reading.value("gradient_accumulation_steps", 1)) > 1,
         lean=lean and can_start_lean({**config, "child_tuning": block}),
         score=_score(child) if scored and child is not None else 0,
         passes=scored and child is not None and child.selector in ("fisher", "lowest_fisher", "contrast"),

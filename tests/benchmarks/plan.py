@@ -106,7 +106,7 @@ def measure(shape: transformers.LlamaConfig, config: dict[str, Any], block: dict
             _select(child, [batch] * 3, phase_ends)
         else:
             phase_ends("start")
-        for _ in range(3):
+        for _ in range(3 * engine.gradient_accumulation_steps()):
             engine.backward(engine(**batch).loss)
             engine.step()
             phase_ends("steps")
