@@ -240,7 +240,8 @@ class ChildTuner:
                 'select: mode "ChildTuning-F" draws its child at every step. Remedy: do not call select.'
             )
         self._check_attached()
-        self._check_between_steps("select")
+        with raising_together():  # a backward pass may have reached nothing on one rank
+            self._check_between_steps("select")
         self._check_some_are_open()
         with raising_together():
             check_arguments(batches, against, masks, child, unnamed)

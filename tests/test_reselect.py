@@ -18,7 +18,7 @@ from ds_childtune import tuner
 from ds_childtune.child.child_shard import ChildShard
 from ds_childtune.selection import selectors as choosing
 from tests.support import reference
-from tests.support.engines import Optimizer, Setup, Weights, engine_of, master_weights, train_step
+from tests.support.engines import Optimizer, Setup, Weights, engine_of, master_weights, on_device, train_step
 from tests.support.models import batches, build, deal
 from tests.support.ranks import RankPool
 
@@ -217,28 +217,30 @@ def test_a_selection_that_fails_half_way_changes_nothing(pool: RankPool, name: s
 
 
 def between_micro_batches(setup: Setup) -> list[str]:
-    """What `detach` and `select` say in the middle of an accumulation; and they work right after its step."""
+    """What `detach` and `select` say in the middle of an accumulation: before the engine counts its first micro-batch, in `step`, and
+    after; and they work right after its step."""
     with engine_of(setup) as engine:
         block = {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": "compact", "selector": "magnitude"}
         child = ds_childtune.attach(engine, block)
         child.select()
         first, second = share(batches(setup.family, 4, seed=0))
-        train_step(engine, [first])
         said = []
-        for call in (child.detach, child.select):
-            with pytest.raises(RuntimeError) as error:
-                call()
-            said.append(str(error.value))
+        for go_on in (lambda: engine.backward(engine(**on_device(engine, first)).loss), engine.step):
+            go_on()
+            for call in (child.detach, child.select):
+                with pytest.raises(RuntimeError) as error:
+                    call()
+                said.append(str(error.value).rpartition("] ")[-1])
         train_step(engine, [second])
         child.select()
         child.detach()
     return said
 
 
-@pytest.mark.parametrize("name", ["masters-zero1", "gradients-zero3"])
+@pytest.mark.parametrize("name", ["masters-zero1", "gradients-zero1", "gradients-zero3"])
 def test_not_in_the_middle_of_an_accumulation(pool: RankPool, name: str) -> None:
     for said in pool[2].run(between_micro_batches, SETUPS[name]):
-        assert [message.partition(":")[0] for message in said] == ["detach", "select"]
+        assert [message.partition(":")[0] for message in said] == 2 * ["detach", "select"]
         assert all("between a micro-batch and its optimizer step" in message for message in said)
 
 

@@ -199,6 +199,7 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
             "grad_position",
             "get_param_id()",
             "_backward_active_depth",
+            "_epilogue_ran_this_backward",
             "_get_param_partition_rank()",
             "_clear_fp32_optimizer_param_groups()",
             "_is_gradient_accumulation_boundary",

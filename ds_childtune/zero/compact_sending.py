@@ -91,6 +91,8 @@ class SendingPlumbing(ZeroTwoPlumbing):
         # Not yet where a loop over one computation makes a gradient in parts, which autograd adds up.
         if param.grad is None or not getattr(param, "ds_grad_is_ready", True):
             return
+        # As DeepSpeed notes that a micro-batch waits for its step.
+        self._optimizer.micro_step_id = max(self._optimizer.micro_step_id, 0)
         pieces = self._installed.pieces.get(id(param), ())
         if pieces:
             row = self._followed()
@@ -158,7 +160,7 @@ class SendingPlumbing(ZeroTwoPlumbing):
         return (mine.mul_(before / float(ranks)) if before != ranks else mine).to(dtype)
 
     def _zero_grad(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._sum = None
+        self._sum, self._optimizer.micro_step_id = None, -1  # none waits
         return original(*args, **kwargs)
 
     # ---------------------------------------------------------------- the step

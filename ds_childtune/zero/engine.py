@@ -133,7 +133,7 @@ def gradient_dtype(engine: Engine, shards: tuple[FlatShard, ...]) -> torch.dtype
 
 
 def inside_accumulation(engine: Engine) -> bool:
-    """True between the first micro-batch of an accumulation and its step."""
+    """True between the first micro-batch of an accumulation and its step. Let ranks agree: see `_has_gradients`."""
     if not engine.managed_gradient_accumulation():
         return bool(engine._unmanaged_backward_count)
     # accelerate and Trainer set the boundary of every micro-batch themselves and call `step` only at the last one, so
@@ -141,7 +141,22 @@ def inside_accumulation(engine: Engine) -> bool:
     boundary = engine._is_gradient_accumulation_boundary
     if boundary is not None:
         return not boundary
-    return bool(engine.micro_steps % engine.gradient_accumulation_steps())
+    accumulates = engine.gradient_accumulation_steps() > 1
+    return bool(engine.micro_steps % engine.gradient_accumulation_steps()) or (accumulates and _has_gradients(engine))
+
+
+def _has_gradients(engine: Engine) -> bool:
+    """At ZeRO 1 to 3, whether a backward pass has come since the last optimizer step. `micro_steps` counts it in `engine.step` only.
+
+    A rank of which a backward pass has reached no parameter may say no.
+    """
+    optimizer = engine.optimizer
+    match wrapper_of(engine):
+        case Wrapper.ZERO_1_2:
+            return bool(optimizer.micro_step_id >= 0)
+        case Wrapper.ZERO_3:
+            return bool(optimizer.micro_step_id or optimizer._epilogue_ran_this_backward)
+    return False
 
 
 def applied_steps(engine: Engine) -> int:
