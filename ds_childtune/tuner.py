@@ -240,11 +240,10 @@ class ChildTuner:
                 'select: mode "ChildTuning-F" draws its child at every step. Remedy: do not call select.'
             )
         self._check_attached()
-        with raising_together():  # a backward pass may have reached nothing on one rank
-            self._check_between_steps("select")
-        self._check_some_are_open()
         with raising_together():
+            self._check_between_steps("select")  # a backward pass may have reached nothing on one rank
             check_arguments(batches, against, masks, child, unnamed)
+        self._check_some_are_open()
         if masks is not None or child is not None:
             return self._select_given(masks, child, unnamed)
         started = time.perf_counter()
