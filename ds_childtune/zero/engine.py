@@ -133,7 +133,10 @@ def gradient_dtype(engine: Engine, shards: tuple[FlatShard, ...]) -> torch.dtype
 
 
 def inside_accumulation(engine: Engine) -> bool:
-    """True between the first micro-batch of an accumulation and its step. Let ranks agree: see `_has_gradients`."""
+    """True between the first micro-batch of an accumulation and its step, where gradients would be lost.
+
+    Let ranks agree: see `_has_gradients`.
+    """
     if not engine.managed_gradient_accumulation():
         return bool(engine._unmanaged_backward_count)
     # accelerate and Trainer set the boundary of every micro-batch themselves and call `step` only at the last one, so
@@ -141,8 +144,10 @@ def inside_accumulation(engine: Engine) -> bool:
     boundary = engine._is_gradient_accumulation_boundary
     if boundary is not None:
         return not boundary
-    accumulates = engine.gradient_accumulation_steps() > 1
-    return bool(engine.micro_steps % engine.gradient_accumulation_steps()) or (accumulates and _has_gradients(engine))
+    steps = engine.gradient_accumulation_steps()
+    # The gradient of a whole accumulation can be taken over, except from ZeRO-3's buffer.
+    loses = steps > 1 or wrapper_of(engine) is Wrapper.ZERO_3
+    return bool(engine.micro_steps % steps) or (loses and _has_gradients(engine))
 
 
 def _has_gradients(engine: Engine) -> bool:
