@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from importlib.metadata import PackageNotFoundError, version
 
-SUPPORTED = {"deepspeed": ">=0.19.8,<0.20", "torch": ">=2.6"}
+SUPPORTED = {"deepspeed": ">=0.19.8,<0.20", "torch": ">=2.9"}
 """As pyproject.toml has them. See docs/support.md for what was run."""
 
 

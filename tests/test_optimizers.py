@@ -50,7 +50,9 @@ LISTED: dict[str, tuple[Make, str]] = {
     "Rprop": (lambda p: torch.optim.Rprop(p), "none"),
     "WaitsOnce": (optimizers.WaitsOnce, "none"),
     "OwnDecay": (optimizers.OwnDecay, "other"),
+    "MakesStateAtOnce": (optimizers.MakesStateAtOnce, "none"),
 }
+RESTS_AT = {"Adagrad": {"sum": 0.5}, "MakesStateAtOnce": {"sum": 0.5}}
 
 
 @pytest.mark.parametrize("name", LISTED)
@@ -62,7 +64,7 @@ def test_an_element_wise_optimizer_is_known_as_one(name: str) -> None:
         assert found.rests
         assert not found.moves_outside
         assert found.decay == decay
-        rest = {"Adagrad": {"sum": 0.5}}.get(name, dict.fromkeys(found.rest_values or (), 0.0))
+        rest = RESTS_AT.get(name, dict.fromkeys(found.rest_values or (), 0.0))
         assert name == "Rprop" or found.rest_values == rest
 
 

@@ -60,23 +60,37 @@ class Twin:
     optimizer: Optimizer
     begins: Group
     """What its param group holds before the first step, except the tensors."""
+    state: dict[str, Any]
+    """What the constructor made for a parameter of one element, as torch 2.9's Adagrad does; most make it in the first step."""
     params: list[nn.Parameter] = field(default_factory=list)
 
     @classmethod
     def new(cls, optimizer: Optimizer, hyper: Group, like: Tensor) -> Twin:
         params = [nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))]
         made = type(optimizer)([{**copy.deepcopy(hyper), "params": params}], **_arguments(optimizer))
-        return cls(made, copy.deepcopy({k: v for k, v in made.param_groups[0].items() if k != "params"}))
+        begins = {k: v for k, v in made.param_groups[0].items() if k != "params"}
+        return cls(made, copy.deepcopy(begins), dict(made.state.get(params[0], {})))
 
     def begin(self, weights: Iterable[Tensor], *, weight_decay: float = 0.0) -> None:
         """Step copies of `weights` from here on, as if nothing had been stepped before."""
         self.params = [nn.Parameter(w.clone()) for w in weights]
         self.optimizer.state.clear()
+        if self.state:
+            self.optimizer.state.update({param: self._state_of(param) for param in self.params})
         (group,) = self.optimizer.param_groups
         group.clear()  # of counters, too
         group |= copy.deepcopy(self.begins) | {"params": self.params}
         if "weight_decay" in self.begins:
             group["weight_decay"] = weight_decay
+
+    def _state_of(self, param: nn.Parameter) -> dict[str, Any]:
+        """As the constructor would have made it."""
+
+        def of(value: Any) -> Any:
+            per_element = isinstance(value, Tensor) and value.shape == (1,)
+            return value.expand(param.shape).clone() if per_element else copy.deepcopy(value)
+
+        return {key: of(value) for key, value in self.state.items()}
 
     @property
     def group(self) -> Group:

@@ -130,6 +130,21 @@ class WaitsOnce(Descent):
         state["second"] = 0.9 * state.get("second", torch.zeros_like(p)) + g.square()
 
 
+class MakesStateAtOnce(Descent):
+    """In its constructor, and never later, as torch 2.9's Adagrad does: a sum per element that begins at 0.5, and a count."""
+
+    def __init__(self, params: Params, lr: float = 1e-2) -> None:
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"sum": torch.full_like(p, 0.5), "step": torch.tensor(0.0)}
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        state["step"] += 1
+        state["sum"] += g.square()
+        p.sub_(group["lr"] * g / state["sum"].sqrt())
+
+
 class EveryFifth(Descent):
     """Sums gradients up, and moves only in every fifth step."""
 
