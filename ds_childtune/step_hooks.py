@@ -51,6 +51,8 @@ class StepHooks:
         """On DeepSpeed's objects, for the child that trains."""
         self._stepped: set[Tensor] = set()
         """Flat shards that the base optimizer has stepped in the current applied step."""
+        self.step_failed = False
+        """Whether the base optimizer's last step ended in an exception: its gradients are lost anyway."""
         self._meter: StepMeter | None = None
         """Of the applied step that is being taken."""
         self._measures_next = False
@@ -192,6 +194,7 @@ class StepHooks:
     # ---------------------------------------------------------------- around a step
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self.step_failed = True  # until it has ended
         child = self.chosen_child()
         child.recover()
         stepped = [Stepped(group, self._shards_in(group)) for group in optimizer.param_groups]
@@ -223,6 +226,7 @@ class StepHooks:
             self.progress = replace(self.progress, step=self.progress.step + 1)
             self._judge()
             self._end_measurement()
+        self.step_failed = False
 
     def measure_next_step(self) -> None:
         """See [Note: numbers of a step]. On every rank, as it makes that step a collective more."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,9 @@ from ds_childtune.zero.engine import (
     base_optimizer,
     child_tuning_block,
     empty_param_groups,
+    gradients_wait,
     inside_accumulation,
+    wrapper_of,
     write_events,
 )
 from ds_childtune.zero.flat_shards import read_flat_shards, read_parameters
@@ -241,7 +243,8 @@ class ChildTuner:
             )
         self._check_attached()
         with raising_together():
-            self._check_between_steps("select")  # a backward pass may have reached nothing on one rank
+            # Before the first child every step ends in an error, after which `select` is the remedy.
+            self._check_between_steps("select", gradients_wait if self.chosen else inside_accumulation)
             check_arguments(batches, against, masks, child, unnamed)
         self._check_some_are_open()
         if masks is not None or child is not None:
@@ -481,8 +484,8 @@ class ChildTuner:
         if not self._attached:
             raise RuntimeError("this ChildTuner is detached. Remedy: call attach(engine) again.")
 
-    def _check_between_steps(self, what: str) -> None:
-        if inside_accumulation(self.engine):
+    def _check_between_steps(self, what: str, waits: Callable[[Any], bool]) -> None:
+        if waits(self.engine) and not self._hooks.step_failed:
             raise RuntimeError(
                 f"{what}: called between a micro-batch and its optimizer step, whose gradients would be lost."
                 " Remedy: call it before training, or right after the step that ends an accumulation."
@@ -499,7 +502,9 @@ class ChildTuner:
         if not self._attached:
             return
         if self._hooks.child is not None and self._hooks.child.shards:
-            self._check_between_steps("detach")
+            # Without ZeRO gradients stay where they are.
+            waits = gradients_wait if wrapper_of(self.engine).is_zero else inside_accumulation
+            self._check_between_steps("detach", waits)
         self._hooks.remove()
         if self.config.optimizer_state == "compact":
             separate_masters(self.engine)

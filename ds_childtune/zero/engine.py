@@ -133,10 +133,7 @@ def gradient_dtype(engine: Engine, shards: tuple[FlatShard, ...]) -> torch.dtype
 
 
 def inside_accumulation(engine: Engine) -> bool:
-    """True between the first micro-batch of an accumulation and its step, where gradients would be lost.
-
-    Let ranks agree: see `_has_gradients`.
-    """
+    """True between the first micro-batch of an accumulation and its step, once `engine.step` has counted that micro-batch."""
     if not engine.managed_gradient_accumulation():
         return bool(engine._unmanaged_backward_count)
     # accelerate and Trainer set the boundary of every micro-batch themselves and call `step` only at the last one, so
@@ -144,24 +141,34 @@ def inside_accumulation(engine: Engine) -> bool:
     boundary = engine._is_gradient_accumulation_boundary
     if boundary is not None:
         return not boundary
-    steps = engine.gradient_accumulation_steps()
-    # The gradient of a whole accumulation can be taken over, except from ZeRO-3's buffer.
-    loses = steps > 1 or wrapper_of(engine) is Wrapper.ZERO_3
-    return bool(engine.micro_steps % steps) or (loses and _has_gradients(engine))
+    return bool(engine.micro_steps % engine.gradient_accumulation_steps())
+
+
+def gradients_wait(engine: Engine) -> bool:
+    """Whether a gradient waits for its step that would be lost if a child came or went, counted by `engine.step` or not yet.
+
+    Let ranks agree: one of which a backward pass has reached no parameter may say no.
+    """
+    if inside_accumulation(engine):
+        return True
+    # The gradient of a whole accumulation can be taken over from the buffers of ZeRO 1 and 2, but not from ZeRO-3's. Without ZeRO
+    # it is in `param.grad`, which a Fisher pass clears.
+    whole = engine.managed_gradient_accumulation() and engine._is_gradient_accumulation_boundary is None
+    lost = engine.gradient_accumulation_steps() > 1 or wrapper_of(engine) is not Wrapper.ZERO_1_2
+    return whole and lost and _has_gradients(engine)
 
 
 def _has_gradients(engine: Engine) -> bool:
-    """At ZeRO 1 to 3, whether a backward pass has come since the last optimizer step. `micro_steps` counts it in `engine.step` only.
-
-    A rank of which a backward pass has reached no parameter may say no.
-    """
+    """Whether a backward pass has come since the last optimizer step."""
     optimizer = engine.optimizer
     match wrapper_of(engine):
         case Wrapper.ZERO_1_2:
             return bool(optimizer.micro_step_id >= 0)
         case Wrapper.ZERO_3:
             return bool(optimizer.micro_step_id or optimizer._epilogue_ran_this_backward)
-    return False
+        case Wrapper.BF16:
+            return False  # it keeps gradients by itself
+    return any(param.grad is not None for param in engine.module.parameters())
 
 
 def applied_steps(engine: Engine) -> int:
