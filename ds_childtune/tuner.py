@@ -182,6 +182,7 @@ class ChildTuner:
     def _estimate(self, batches: Iterable[Any], loss_fn: LossFunction | None, config: FisherConfig) -> Fisher:
         self._check_attached()
         with raising_together():
+            self._check_between_steps("estimate_fisher", self._waits)
             check_batches(batches)
         return estimate_fisher(
             self.engine,
@@ -243,8 +244,7 @@ class ChildTuner:
             )
         self._check_attached()
         with raising_together():
-            # Before the first child every step ends in an error, after which `select` is the remedy.
-            self._check_between_steps("select", gradients_wait if self.chosen else inside_accumulation)
+            self._check_between_steps("select", self._waits)
             check_arguments(batches, against, masks, child, unnamed)
         self._check_some_are_open()
         if masks is not None or child is not None:
@@ -483,6 +483,11 @@ class ChildTuner:
     def _check_attached(self) -> None:
         if not self._attached:
             raise RuntimeError("this ChildTuner is detached. Remedy: call attach(engine) again.")
+
+    @property
+    def _waits(self) -> Callable[[Any], bool]:
+        """Before the first child every step ends in an error, after which `select` is the remedy."""
+        return gradients_wait if self.chosen else inside_accumulation
 
     def _check_between_steps(self, what: str, waits: Callable[[Any], bool]) -> None:
         if waits(self.engine) and not self._hooks.step_failed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -217,8 +218,8 @@ def test_a_selection_that_fails_half_way_changes_nothing(pool: RankPool, name: s
 
 
 def between_micro_batches(setup: Setup) -> list[str]:
-    """What `detach` and `select` say in the middle of an accumulation: before the engine counts its first micro-batch, in `step`, and
-    after; and they work right after its step."""
+    """What `select`, `estimate_fisher` and `detach` say in the middle of an accumulation, before the engine counts its first
+    micro-batch, in `step`, and after; and they work right after its step."""
     with engine_of(setup) as engine:
         block = {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": "compact", "selector": "magnitude"}
         child = ds_childtune.attach(engine, block)
@@ -230,7 +231,8 @@ def between_micro_batches(setup: Setup) -> list[str]:
                 engine.backward(engine(**on_device(engine, first)).loss)
             else:
                 engine.step()
-            for call in (child.detach, child.select) if setup.stage else (child.select,):
+            scores = partial(child.estimate_fisher, [second])
+            for call in (child.select, scores, child.detach) if setup.stage else (child.select, scores):
                 with pytest.raises(RuntimeError) as error:
                     call()
                 said.append(str(error.value).rpartition("] ")[-1])
@@ -257,7 +259,7 @@ MIDDLES = {
 def test_not_in_the_middle_of_an_accumulation(pool: RankPool, name: str) -> None:
     """At ZeRO 0 and 3 not right before a step either: `select` clears `param.grad`, and ZeRO-3's buffer goes."""
     setup = replace(MIDDLES[name], accumulation=1 if name.endswith("-1") else 2)
-    names = ["detach", "select"] if setup.stage else ["select"]
+    names = ["select", "estimate_fisher", "detach"] if setup.stage else ["select", "estimate_fisher"]
     for said in pool[2].run(between_micro_batches, setup):
         assert [message.partition(":")[0] for message in said] == setup.accumulation * names
         assert all("between a micro-batch and its optimizer step" in message for message in said)

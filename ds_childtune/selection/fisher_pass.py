@@ -35,7 +35,7 @@ from ds_childtune.zero.calibration import (
     splits,
     splits_parameters,
 )
-from ds_childtune.zero.engine import inside_accumulation, model_dtype
+from ds_childtune.zero.engine import model_dtype
 from ds_childtune.zero.flat_shards import Parameters
 from ds_childtune.zero.reduction import Reduction, TakenTwice
 
@@ -59,11 +59,6 @@ def estimate_fisher(
         RuntimeError: on every rank, when a rank's iterable or loss function, or its backward pass, raises anything else.
         Unanswered: on a rank that fails where the others wait for it; see `raise_together`.
     """
-    if inside_accumulation(engine):
-        raise RuntimeError(
-            "select: called between a micro-batch and its optimizer step, whose gradients would be lost."
-            " Remedy: call it before training, or right after the step that ends an accumulation."
-        )
     fisher_pass = _FisherPass(engine, parameters, shards, sorted(eligible), config)
     with _same_afterwards(engine, config.model_mode):
         fisher_pass.run(batches, loss_fn)
