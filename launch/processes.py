@@ -14,6 +14,7 @@ import torch
 import transformers
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from op_builds import warn_of_abandoned_locks
 
 from ds_childtune.orphans import end_with_launcher
 
@@ -24,6 +25,8 @@ T = TypeVar("T")
 def processes() -> Iterator[None]:
     """The process group: NCCL on GPUs, gloo on CPUs. Ranks come from the launcher's environment, or from MPI through mpi4py."""
     end_with_launcher()
+    if local_rank() == 0:
+        warn_of_abandoned_locks()
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     if on_cpu:

@@ -10,7 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 from deepspeed.accelerator import get_accelerator
 
+from launch.op_builds import abandoned_locks
+
 BUILDERS = ("CPUAdamBuilder", "FusedAdamBuilder", "CPULionBuilder", "CPUAdagradBuilder")
+
+
+def remove_abandoned_locks() -> None:
+    """A run that was killed while it loaded an op must not stop this one."""
+    for lock in abandoned_locks():
+        lock.unlink(missing_ok=True)
 
 
 def build(name: str) -> None:
@@ -19,5 +27,6 @@ def build(name: str) -> None:
 
 
 if __name__ == "__main__":
+    remove_abandoned_locks()
     with ThreadPoolExecutor(2) as executor:
         list(executor.map(build, BUILDERS))

@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 import torch
 
+from tests.build_ops import remove_abandoned_locks
 from tests.support.choice import MORE, QUICK
 from tests.support.ranks import RankPool
 
@@ -20,6 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """The suite runs on CPU with gloo, on any machine; `DS_ACCELERATOR=cuda` runs it on what GPUs there are."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _stay_on_own_cores()
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        remove_abandoned_locks()
     # Oracles are tiny, and ranks run beside this process: threads that wait for one another would take their cores.
     torch.set_num_threads(1)
     # How long an example takes says more about the machine than about the code.

@@ -11,6 +11,8 @@ if [[ " $* " != *" --quick "* ]] || [ ! -x .venv/bin/pytest ]; then
   .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 fi
 export PATH="$PWD/.venv/bin:$PATH" DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+# Ops of this venv only: in the folder that all share, those of another venv would be compiled again, and another job's lock would stop this run.
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.venv/torch_extensions}
 build=""
 if [[ " $* " != *" --quick "* ]]; then
   MAX_JOBS=1 python -m tests.build_ops >/dev/null 2>&1 &
