@@ -19,7 +19,16 @@ from ds_childtune import tuner
 from ds_childtune.child.child_shard import ChildShard
 from ds_childtune.selection import selectors as choosing
 from tests.support import reference
-from tests.support.engines import Optimizer, Setup, Weights, engine_of, master_weights, on_device, train_step
+from tests.support.engines import (
+    Optimizer,
+    Setup,
+    Weights,
+    engine_of,
+    master_weights,
+    model_weights,
+    on_device,
+    train_step,
+)
 from tests.support.models import batches, build, deal
 from tests.support.ranks import RankPool
 
@@ -262,6 +271,38 @@ def test_not_in_the_middle_of_an_accumulation(pool: RankPool, name: str) -> None
     names = ["select", "estimate_fisher", "detach"] if setup.stage else ["select", "estimate_fisher"]
     for said in pool[2].run(between_micro_batches, setup):
         assert [message.partition(":")[0] for message in said] == setup.accumulation * names
+        assert all("between a micro-batch and its optimizer step" in message for message in said)
+
+
+def one_rank_reaches_nothing(setup: Setup) -> list[str]:
+    """What `select` and `detach` say after a backward pass that reached no parameter on rank 1; then it trains on, and they work."""
+    with engine_of(setup) as engine:
+        block = {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": "compact", "selector": "magnitude"}
+        child = ds_childtune.attach(engine, block)
+        child.select()
+        first, second = share(batches(setup.family, 4, seed=0))
+        loss = engine(**on_device(engine, first)).loss
+        reaches = dist.get_rank() == 0
+        engine.backward(loss if reaches else torch.ones((), device=loss.device, requires_grad=True) * 1.0)
+        said = []
+        for call in (child.select, child.detach):
+            with pytest.raises(RuntimeError) as error:
+                call()
+            said.append(str(error.value).rpartition("] ")[-1])
+        engine.step()
+        before = model_weights(engine)
+        train_step(engine, [second])
+        after = model_weights(engine)
+        assert any(not torch.equal(before[n], w) for n, w in after.items()), "no step was taken"
+        child.select()
+        child.detach()
+    return said
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_all_ranks_refuse_where_one_has_no_gradient(pool: RankPool, stage: int) -> None:
+    for said in pool[2].run(one_rank_reaches_nothing, replace(BASE, stage=stage, accumulation=2)):
+        assert [message.partition(":")[0] for message in said] == ["select", "detach"]
         assert all("between a micro-batch and its optimizer step" in message for message in said)
 
 

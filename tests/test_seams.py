@@ -172,6 +172,7 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
             "_release_ipg_buffers()",
             "_update_model_bit16_weights()",
             "bit16_groups_flat",
+            "exit_backward()",
             "finalize_gradient_accumulation_boundary()",
             "gradient_average",
             "gradient_predivide_factor",

@@ -7,6 +7,7 @@ Every rank knows which elements of each parameter are the child's, and whose (se
                                                rank, and free the gradient: from the first micro-batch on nothing else is kept
     overlapping_..._reduce_epilogue            at the accumulation boundary one reduce-scatter; `averaged_gradients` is the child's
     finalize_gradient_accumulation_boundary    likewise, where the caller says when to step
+    exit_backward                              notes that a micro-batch waits for its step
     step                                       runs on child shards, see below; then one all-gather of the child's 16-bit values
     zero_grad                                  forgets what was added up, too
 
@@ -66,6 +67,7 @@ class SendingPlumbing(ZeroTwoPlumbing):
         put.method(optimizer, "reduce_ready_partitions_and_remove_grads", self._take)
         put.method(optimizer, "overlapping_partition_gradients_reduce_epilogue", self._epilogue)
         put.method(optimizer, "finalize_gradient_accumulation_boundary", self._finalize)
+        put.around(optimizer, "exit_backward", self._exit_backward)
         put.around(optimizer, "zero_grad", self._zero_grad)
         put.around(optimizer, "step", self._step)
 
@@ -91,8 +93,6 @@ class SendingPlumbing(ZeroTwoPlumbing):
         # Not yet where a loop over one computation makes a gradient in parts, which autograd adds up.
         if param.grad is None or not getattr(param, "ds_grad_is_ready", True):
             return
-        # As DeepSpeed notes that a micro-batch waits for its step.
-        self._optimizer.micro_step_id = max(self._optimizer.micro_step_id, 0)
         pieces = self._installed.pieces.get(id(param), ())
         if pieces:
             row = self._followed()
@@ -158,6 +158,11 @@ class SendingPlumbing(ZeroTwoPlumbing):
             row.mul_(1.0 / before)
         mine = self._installed.reduce(row)
         return (mine.mul_(before / float(ranks)) if before != ranks else mine).to(dtype)
+
+    def _exit_backward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # As DeepSpeed does in `process_gradients`, but on a rank that had no gradient, too: ranks must agree on it.
+        self._optimizer.micro_step_id = max(self._optimizer.micro_step_id, 0)
+        return original(*args, **kwargs)
 
     def _zero_grad(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._sum, self._optimizer.micro_step_id = None, -1  # none waits

@@ -147,7 +147,7 @@ def inside_accumulation(engine: Engine) -> bool:
 def gradients_wait(engine: Engine) -> bool:
     """Whether a gradient waits for its step that would be lost if a child came or went, counted by `engine.step` or not yet.
 
-    Let ranks agree: one of which a backward pass has reached no parameter may say no.
+    Let ranks agree where they can: one whose own `loss.backward()` has reached no parameter says no.
     """
     if inside_accumulation(engine):
         return True
