@@ -217,7 +217,7 @@ def _default_store() -> Any:
     return torch.distributed.distributed_c10d._get_default_store()
 
 
-def check_same(text: str, what: str) -> None:
+def check_same(text: str, what: str, remedy: str = "give every rank the same config and model") -> None:
     """Raise ValueError on every rank unless `text` is the same on all of them. A collective."""
     digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
     extremes = torch.tensor([digest, -digest], dtype=torch.int64, device=device())
@@ -227,5 +227,5 @@ def check_same(text: str, what: str) -> None:
         other = next(r for r, t in enumerate(texts) if t != texts[0])
         raise ValueError(
             f"{what}: expected the same on every rank, got {texts[0]} on rank 0 and {texts[other]} on rank {other}."
-            " Remedy: give every rank the same config and model."
+            f" Remedy: {remedy}."
         )

@@ -32,7 +32,7 @@ from ds_childtune.selection.eligible import eligible_names
 from ds_childtune.selection.experts import Experts
 from ds_childtune.selection.fisher import Fisher
 from ds_childtune.selection.fisher_pass import estimate_fisher
-from ds_childtune.selection.given import GivenMask, Unnamed, check_arguments, given_masks, match_names
+from ds_childtune.selection.given import GivenMask, Unnamed, check_arguments, given_masks, match_names, must_be_alike
 from ds_childtune.selection.loss import LossFunction, default_loss
 from ds_childtune.selection.rounds import check_batches
 from ds_childtune.selection.selectors import (
@@ -180,8 +180,8 @@ class ChildTuner:
         return self._estimate(batches, loss_fn, self.config.fisher)
 
     def _estimate(self, batches: Iterable[Any], loss_fn: LossFunction | None, config: FisherConfig) -> Fisher:
-        self._check_attached()
         with raising_together():
+            self._check_attached()
             self._check_between_steps("estimate_fisher", self._waits)
             check_batches(batches)
         return estimate_fisher(
@@ -242,10 +242,11 @@ class ChildTuner:
             raise RuntimeError(
                 'select: mode "ChildTuning-F" draws its child at every step. Remedy: do not call select.'
             )
-        self._check_attached()
         with raising_together():
+            self._check_attached()
             self._check_between_steps("select", self._waits)
             check_arguments(batches, against, masks, child, unnamed)
+        check_same(must_be_alike(masks, child, unnamed), "select", "pass the same on every rank")
         self._check_some_are_open()
         if masks is not None or child is not None:
             return self._select_given(masks, child, unnamed)

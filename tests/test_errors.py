@@ -175,6 +175,28 @@ def select_after_detach(engine: Any) -> None:
     child.select(mine())
 
 
+def select_after_a_detach_on_rank_1(engine: Any) -> None:
+    child = ds_childtune.attach(engine, CHILD_D)
+    if dist.get_rank() == 1:
+        child.detach()
+    child.select(mine())
+
+
+def select_with_masks_on_rank_0(engine: Any) -> None:
+    masks = {"blocks.*": "nonzero"} if dist.get_rank() == 0 else None
+    ds_childtune.attach(engine, CHILD_D).select(None if masks else mine(), masks=masks)
+
+
+def select_with_other_names_on_rank_1(engine: Any) -> None:
+    name = "blocks.*" if dist.get_rank() == 0 else "*"
+    ds_childtune.attach(engine, CHILD_D).select(masks={name: "nonzero"})
+
+
+def select_with_unnamed_dense_on_rank_1(engine: Any) -> None:
+    unnamed: Any = "frozen" if dist.get_rank() == 0 else "dense"
+    ds_childtune.attach(engine, CHILD_D).select(masks={"blocks.*": "nonzero"}, unnamed=unnamed)
+
+
 def gather_mask_before_select(engine: Any) -> None:
     ds_childtune.attach(engine, CHILD_D).gather_mask("blocks.0.gain")
 
@@ -207,6 +229,10 @@ def select_without_batches(engine: Any) -> None:
         (select_with_f, RuntimeError, ["select", F]),
         (attach_twice, RuntimeError, ["already", "detach()"]),
         (select_after_detach, RuntimeError, ["detached", "attach(engine)"]),
+        (select_after_a_detach_on_rank_1, RuntimeError, ["[rank 1]", "detached", "attach(engine)"]),
+        (select_with_masks_on_rank_0, ValueError, ["same on every rank", "masks of 'blocks.*'", "no masks"]),
+        (select_with_other_names_on_rank_1, ValueError, ["same on every rank", "masks of '*'"]),
+        (select_with_unnamed_dense_on_rank_1, ValueError, ["same on every rank", "unnamed 'dense'"]),
         (gather_mask_before_select, RuntimeError, ["no child yet", "child.select("]),
         (report_before_select, RuntimeError, ["no child yet", "child.select("]),
         (gather_mask_of_a_wrong_name, ValueError, ["'blocks.0.gains'", "blocks.0.gain"]),

@@ -43,6 +43,14 @@ def check_arguments(batches: object, against: object, masks: object, child: obje
         )
 
 
+def must_be_alike(masks: Mapping[str, object] | None, child: object, unnamed: str) -> str:
+    """What ranks must have been given alike, as they go different ways by it."""
+    if masks is None and child is None:
+        return "no masks and no child"
+    what = f"child {str(child)!r}" if masks is None else f"masks of {', '.join(map(repr, sorted(masks))) or 'nothing'}"
+    return f"{what}, unnamed {unnamed!r}"
+
+
 def match_names(given: Mapping[str, GivenMask], eligible: Set[str], known: Set[str]) -> dict[str, GivenMask]:
     """The mask of each eligible parameter that has one. A parameter's own name goes before patterns.
 
