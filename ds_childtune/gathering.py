@@ -1,4 +1,4 @@
-"""Whole parameters and totals, put together from the ranks' fragments. Collectives; each element is counted once."""
+"""Whole parameters and totals, put together from the ranks' fragments, and compared. Collectives; each element is counted once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ds_childtune.ranks import device, sum_over_ranks
+from ds_childtune.child.tiles import tile_of
+from ds_childtune.ranks import device, max_over_ranks, sum_over_ranks
 from ds_childtune.shards import Fragment
 
 
@@ -41,3 +42,37 @@ class KeptCounts:
         """One count for each name, in their order. A collective."""
         sum_over_ranks(self._kept)
         return self._kept.tolist()
+
+
+def unlike_masks(masks: Iterable[tuple[Fragment, Tensor]]) -> list[str]:
+    """Names of the fragments whose masks are not the same on all ranks. A collective, where every rank has the same fragments.
+
+    Args:
+        masks: a bool mask for each, True = inside.
+    """
+    names, digests = [], []
+    for fragment, mask in masks:
+        names.append(fragment.name)
+        digests.append(_digest(mask).to(device()))
+    if not names:
+        return []
+    digest = torch.stack(digests)
+    extremes = torch.cat([digest, -digest])
+    max_over_ranks(extremes)
+    largest, smallest = extremes.view(2, -1)
+    return [name for name, other in zip(names, (largest != -smallest).tolist(), strict=True) if other]
+
+
+def _digest(mask: Tensor) -> Tensor:
+    """int64 scalar below 2**62: another number for another mask. It notices mistakes, not forgeries; the host does not wait."""
+    total = torch.zeros((), dtype=torch.int64, device=mask.device)
+    size = tile_of(mask.device)
+    for first in range(0, mask.numel(), size):
+        part = mask[first : first + size]
+        keys = torch.arange(first + 1, first + 1 + part.numel(), device=mask.device) * _ODD[0]
+        total += ((keys ^ (keys >> 29)) * _ODD[1] * part).sum()
+    return total & (1 << 62) - 1
+
+
+_ODD = (-0x61C8864680B583EB, -0x40A7B892E31B1A47)
+"""The constants of splitmix64, as int64 has them; products overflow on purpose."""

@@ -20,12 +20,12 @@ from ds_childtune.child.network import ChildNetwork, FixedChild, Group, Stepped
 from ds_childtune.child.self_check import SelfCheck
 from ds_childtune.child.step_numbers import StepMeter, StepNumbers
 from ds_childtune.child.task_free import TaskFreeChild
-from ds_childtune.gathering import KeptCounts
+from ds_childtune.gathering import KeptCounts, unlike_masks
 from ds_childtune.ranks import device, raising_together, sum_over_ranks, tell, to_host, world_size
 from ds_childtune.shards import FlatShard
 from ds_childtune.zero import clip, compact_reads
 from ds_childtune.zero.compact_parts import CompactParts
-from ds_childtune.zero.engine import applied_steps, base_optimizer, before_each_step
+from ds_childtune.zero.engine import applied_steps, base_optimizer, before_each_step, wrapper_of
 from ds_childtune.zero.supported import missing_groups
 
 
@@ -94,6 +94,7 @@ class StepHooks:
 
         Raises:
             RuntimeError, NotImplementedError: on every rank, where it cannot be made; the child so far then trains on.
+            ValueError: likewise, where ranks that step the same elements have been given other masks of them.
         """
         counts = KeptCounts(self._attachment.parameters.by_name)
         config = self._attachment.config
@@ -102,6 +103,7 @@ class StepHooks:
             compact = CompactParts.of(self._attachment.engine, config.clip, config.sends)
         with raising_together():  # memory may be short on one rank only
             child = self._made(self._counted(masks, counts), compact)
+        self._check_replicas(child)
         self._take_back_overrides()
         child.take_over()
         if compact is not None:
@@ -129,6 +131,19 @@ class StepHooks:
             return DenseChild(shards, masks, base, behaviour, decay_outside=config.compat == "original")
         previous = cast("CompactChild | None", self.child)  # as the config says
         return CompactChild.made(shards, masks, base, compact.plumbing, previous, behaviour.rest_values)
+
+    def _check_replicas(self, child: FixedChild) -> None:
+        """Without ZeRO every rank steps every element, so other masks on one would be other weights there. A collective."""
+        if wrapper_of(self._attachment.engine).is_zero:
+            return
+        shards = self._attachment.shards
+        unlike = unlike_masks((f, child.child_mask(s, f, 0)) for s in shards for f in s.eligible)
+        if unlike:
+            raise ValueError(
+                f"select: expected the same masks on every rank, as each steps every element without ZeRO, got other ones of"
+                f" {len(unlike)} parameters ({', '.join(unlike[:3])}{', ...' if len(unlike) > 3 else ''}). Remedy: draw random masks"
+                " from a generator with the same seed on every rank, or use ZeRO-1, where each element has one owner."
+            )
 
     def _look_for_nan(self) -> None:
         """In the steps of `child_tuning.finite_check_every`, and not in a Fisher pass before."""

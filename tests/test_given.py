@@ -21,6 +21,7 @@ from tests.support.ranks import RankPool
 D = {"mode": "ChildTuning-D", "reserve_p": 1.0, "include": ["*"]}
 COMPACT = D | {"optimizer_state": "compact", "clip": "child"}
 EMBEDDING = "transformer.wte.weight"
+MLP = "transformer.h.0.mlp.c_fc.bias"
 ROWS = [3, 4, 11]
 
 
@@ -272,6 +273,39 @@ def test_wrong_masks_are_refused(pool: RankPool, tmp_path: Path) -> None:
     for said in pool[2].run(refusals, Setup(stage=3), str(tmp_path)):
         for name, text in said:
             assert words.get(name, "select") in text, (name, text)
+
+
+def drawn(seed: int) -> Callable[[torch.Size], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda shape: torch.rand(shape, generator=generator) < 0.5
+
+
+def drawn_by_each_rank(setup: Setup, block: dict[str, Any]) -> tuple[str, bool, bool]:
+    """What is said of masks that only the ranks' generators tell apart; whether the child is still the one before, and what the
+    remedy gives."""
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, block)
+        child.select(masks={EMBEDDING: ROWS})
+        with pytest.raises(ValueError, match="same masks") as error:
+            child.select(masks={EMBEDDING: ROWS, "*.mlp.*": drawn(dist.get_rank())})
+        stays = bool(child.gather_mask(EMBEDDING)[ROWS].all()) and not child.gather_mask(MLP).any()
+        child.select(masks={EMBEDDING: ROWS, "*.mlp.*": drawn(0)})
+        train_step(engine, share(2, seed=0))
+        alike = True
+        for weights in model_weights(engine).values():
+            first = weights.clone()
+            dist.broadcast(first, 0)
+            alike = alike and torch.equal(first, weights)
+    return str(error.value), stays, alike
+
+
+@pytest.mark.parametrize("block", [D, COMPACT], ids=["dense", "compact"])
+def test_without_zero_ranks_must_give_the_same_masks(pool: RankPool, block: dict[str, Any]) -> None:
+    for said, stays, alike in pool[2].run(drawn_by_each_rank, Setup(stage=0), block):
+        for words in ("same masks on every rank", "of 4 parameters", MLP, "Remedy: draw"):
+            assert words in said, said
+        assert stays, "the child before is gone"
+        assert alike, "the ranks' weights differ"
 
 
 def test_a_function_that_fails_on_one_rank_fails_on_all(pool: RankPool) -> None:
