@@ -315,11 +315,11 @@ class ChildTuner:
         selector = self.config.selector
         with raising_together():
             check_against(selector, against)
-        if selector == "magnitude":
-            return magnitudes(self.attachment.trainable_shards()), None
-        if selector == "random":
-            return random_numbers(self.attachment.trainable_shards(), self.config.seed), None
-        with raising_together():
+        with raising_together():  # memory for scores may be short on one rank only
+            if selector == "magnitude":
+                return magnitudes(self.attachment.trainable_shards()), None
+            if selector == "random":
+                return random_numbers(self.attachment.trainable_shards(), self.config.seed), None
             if batches is None:
                 raise ValueError(
                     f'select: expected calibration batches for selector "{selector}", got None.'

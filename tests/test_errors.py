@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 import ds_childtune
 from ds_childtune import ranks
+from ds_childtune.selection import fisher, selectors
 from ds_childtune.selection.loss import default_loss
 from tests.support import reference
 from tests.support.engines import Optimizer, Setup, engine_of, master_weights, on_device, train_step
@@ -289,6 +290,31 @@ def _breaking_loss(engine: Any, batch: Batch) -> torch.Tensor:
 
 def select_with_a_loss_that_breaks_on_rank_1(engine: Any) -> None:
     ds_childtune.attach(engine, CHILD_D).select(mine(), _breaking_loss)
+
+
+def _short_on_rank_1(function: Callable[..., Any]) -> Callable[..., Any]:
+    def allocate(*args: Any, **kwargs: Any) -> Any:
+        if dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return function(*args, **kwargs)
+
+    return allocate
+
+
+def select_with_little_memory_for_sums(engine: Any) -> None:
+    with mock.patch.object(fisher, "new_scores", _short_on_rank_1(fisher.new_scores)):
+        ds_childtune.attach(engine, CHILD_D).select(mine())
+
+
+def select_with_little_memory_for_scores(engine: Any) -> None:
+    child = ds_childtune.attach(engine, CHILD_D | {"selector": "magnitude"})
+    with mock.patch.object(selectors, "_each", _short_on_rank_1(selectors._each)):
+        child.select()
+
+
+@pytest.mark.parametrize("act", [select_with_little_memory_for_sums, select_with_little_memory_for_scores])
+def test_memory_is_short_on_one_rank(pool: RankPool, act: Callable[[Any], Any]) -> None:
+    check(pool, act, RuntimeError, "[rank 1] out of memory")
 
 
 def select_overflowing(engine: Any) -> None:

@@ -59,7 +59,8 @@ def estimate_fisher(
         RuntimeError: on every rank, when a rank's iterable or loss function, or its backward pass, raises anything else.
         Unanswered: on a rank that fails where the others wait for it; see `raise_together`.
     """
-    fisher_pass = _FisherPass(engine, parameters, shards, sorted(eligible), config)
+    with raising_together():  # memory for the sums may be short on one rank only
+        fisher_pass = _FisherPass(engine, parameters, shards, sorted(eligible), config)
     with _same_afterwards(engine, config.model_mode):
         fisher_pass.run(batches, loss_fn)
     return fisher_pass.finish()
