@@ -389,6 +389,11 @@ class ChildTuner:
             NotImplementedError, RuntimeError: on every rank; see `export`.
         """
         child = self._exportable("patches")
+        check_same(
+            f"since {'None' if since is None else 'earlier patches'}, only {only!r}",
+            "patches",
+            "pass the same on every rank",
+        )
         fragments: dict[str, list[tuple[FlatShard, Fragment]]] = {}
         for shard in self.attachment.shards:
             for fragment in shard.fragments:

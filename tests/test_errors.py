@@ -198,6 +198,13 @@ def select_with_unnamed_dense_on_rank_1(engine: Any) -> None:
     ds_childtune.attach(engine, CHILD_D).select(masks={"blocks.*": "nonzero"}, unnamed=unnamed)
 
 
+def patches_since_others_on_rank_0(engine: Any) -> None:
+    child = ds_childtune.attach(engine, CHILD_D | {"selector": "magnitude"})
+    child.select()
+    first = list(child.patches())
+    list(child.patches(since=first if dist.get_rank() == 0 else None))
+
+
 def gather_mask_before_select(engine: Any) -> None:
     ds_childtune.attach(engine, CHILD_D).gather_mask("blocks.0.gain")
 
@@ -234,6 +241,7 @@ def select_without_batches(engine: Any) -> None:
         (select_with_masks_on_rank_0, ValueError, ["same on every rank", "masks of 'blocks.*'", "no masks"]),
         (select_with_other_names_on_rank_1, ValueError, ["same on every rank", "masks of '*'"]),
         (select_with_unnamed_dense_on_rank_1, ValueError, ["same on every rank", "unnamed 'dense'"]),
+        (patches_since_others_on_rank_0, ValueError, ["same on every rank", "since earlier patches", "since None"]),
         (gather_mask_before_select, RuntimeError, ["no child yet", "child.select("]),
         (report_before_select, RuntimeError, ["no child yet", "child.select("]),
         (gather_mask_of_a_wrong_name, ValueError, ["'blocks.0.gains'", "blocks.0.gain"]),
