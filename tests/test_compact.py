@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 import ds_childtune
 from ds_childtune.child import child_shard as child_shards
 from tests.support.compact_runs import CASES, Case, P, Run, check, parts_of, run, share, without_elements
-from tests.support.engines import Setup, Weights, engine_of, master_weights, train_step
+from tests.support.engines import Setup, Weights, engine_of, master_weights, model_weights, train_step
 from tests.support.ranks import RankPool
 
 
@@ -173,3 +174,53 @@ def test_no_kernel_for_many_tensors_is_handed_an_empty_one(pool: RankPool, first
         assert min(numels) > 0
         for number, weights in enumerate(expected):
             assert all(torch.allclose(phases[number][n], w, 1e-4, 1e-5) for n, w in weights.items()), number
+
+
+def half_a_backward_pass(setup: Setup, clear: str, *, breaks: bool) -> tuple[Weights, str]:
+    """Weights of a run in which an exception may end a backward pass half-way, and what the next one says before `clear`."""
+    said = ""
+    with engine_of(setup) as engine:
+        block = {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": "compact", "selector": "magnitude"}
+        ds_childtune.attach(engine, block).select()
+        for step in range(3):
+            if breaks and step == 1:
+                said = _broken(engine, setup, "short of memory")
+                if setup.stage > 1:
+                    said = _broken(engine, setup, None)
+                (engine if clear == "engine" else engine.optimizer).zero_grad()
+            train_step(engine, share(setup, step, 2 * setup.accumulation))
+        return model_weights(engine), said
+
+
+def _broken(engine: Any, setup: Setup, words: str | None) -> str:
+    """What a backward pass raises; with `words`, a hook in the middle of it does."""
+
+    def end(_: Tensor) -> None:
+        raise RuntimeError(words)
+
+    handles = []
+    if words is not None:
+        handles.append(engine.module.get_parameter("transformer.h.0.mlp.c_proj.bias").register_hook(end))
+    with pytest.raises(RuntimeError) as error:
+        train_step(engine, share(setup, 9, 2))
+    for handle in handles:
+        handle.remove()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "clear", "words"),
+    [
+        (1, "engine", "short of memory"),  # as in DeepSpeed without a child
+        (2, "engine", "call engine.zero_grad()"),  # where it cannot go on
+        (3, "optimizer", "engine.optimizer.zero_grad()"),
+    ],
+)
+def test_half_a_backward_pass_leaves_nothing(pool: RankPool, stage: int, clear: str, words: str) -> None:
+    setup = Setup("gpt2", stage=stage, accumulation=2)
+    whole = pool[2].run(half_a_backward_pass, setup, clear, breaks=False)
+    for (expected, _), (got, said) in zip(
+        whole, pool[2].run(half_a_backward_pass, setup, clear, breaks=True), strict=True
+    ):
+        assert words in said, said
+        assert all(torch.equal(w, got[n]) for n, w in expected.items())

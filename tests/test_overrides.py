@@ -125,6 +125,7 @@ EVERYWHERE = {
 WITH_ZERO = {"engine._copy_recovery_script", "engine._load_zero_checkpoint"}
 COMPACT = {"mode": "ChildTuning-D", "reserve_p": 0.3, "optimizer_state": "compact"}
 THREE = Setup("odd", stage=3, sub_group_size=20)
+SENDING_2 = {"step", "zero_grad", "exit_backward", "clear_backward_seen_flag", "engine.zero_grad"}
 STEPS_3 = {"_prepare_fp32_grad_for_sub_group", "_get_fp32_grad_state_partition"}
 SENDING_3 = STEPS_3 | {"independent_gradient_partition_epilogue", "zero_grad", "_pre_step"}
 READS_3 = {
@@ -199,13 +200,13 @@ CASES = {
     "zero2": case(
         Setup("odd", stage=2, clip=0.1, bf16=True),
         {"clip": "child"},
-        {"step", "zero_grad", "exit_backward", "_restore_from_bit16_weights"},
+        SENDING_2 | {"_restore_from_bit16_weights"},
         PASS_2 | READS_2 | STEPS_2,
     ),
     "zero2-offload": case(
         Setup("odd", stage=2, bf16=True, offload=True),
         {},
-        {"step", "zero_grad", "exit_backward", "_restore_from_bit16_weights", "scaled_global_norm"},
+        SENDING_2 | {"_restore_from_bit16_weights", "scaled_global_norm"},
         PASS_2 | READS_2 | STEPS_2 | {"cpu_offload", "device", "_get_preflattened_grad_partition"},
     ),
     "bf16-optimizer": case(
@@ -270,6 +271,7 @@ def use(engine: Any, setup: Setup, folder: str, tag: str) -> None:
             engine.backward(engine(**on_device(engine, batch)))
             safe_get_full_grad(next(engine.module.parameters()))
             engine.step()
+            engine.zero_grad()
         engine.optimizer.refresh_fp32_params()
     if setup.fp32_accumulation:
         for parameter in engine.module.parameters():

@@ -8,8 +8,9 @@ Every rank knows which elements of each parameter are the child's, and whose (se
     overlapping_..._reduce_epilogue            at the accumulation boundary one reduce-scatter; `averaged_gradients` is the child's
     finalize_gradient_accumulation_boundary    likewise, where the caller says when to step
     exit_backward                              notes that a micro-batch waits for its step
+    clear_backward_seen_flag                   in the next forward pass: notes that an exception has ended a backward pass before
     step                                       runs on child shards, see below; then one all-gather of the child's 16-bit values
-    zero_grad                                  forgets what was added up, too
+    zero_grad, and the engine's                forget what was added up, too; see [Note: half a backward pass]
 
 For the length of a step the lists that it reads hold tensors of the child's size. So overflow check, norm, unscaling, clipping and the
 step are DeepSpeed's own code. It copies masters into what is sent afterwards, and finds nothing to gather by itself. Between steps the
@@ -17,6 +18,11 @@ lists are as in [Note: ZeRO-2 on child shards], and so is what reads and saves t
 
 The order of additions is ZeRO-1's: micro-batches on each rank first, then ranks. The gradient norm is the child's. Values outside the
 child that are not finite are not seen, and do no harm.
+
+[Note: half a backward pass]
+An exception in a backward pass, for want of memory for example, leaves what was added up before. DeepSpeed's ZeRO-1 has it in
+`param.grad`: there `engine.zero_grad()` drops it, and without that the next backward pass adds to it. So does this. DeepSpeed's ZeRO-2
+cannot go on. Here it can after `engine.zero_grad()`, and says so: else part of a micro-batch would be trained without a word.
 """
 
 from __future__ import annotations
@@ -50,11 +56,16 @@ class SendingPlumbing(ZeroTwoPlumbing):
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
+        self._engine = engine
         self._layout: ChildLayout | None = None
         self._sum: Tensor | None = None
         """This rank's gradients since the last reduction, as the layout's row."""
         self._stream: Any = None
         """That it was last written on."""
+        self._in_backward = False
+        """Whether a backward pass has given gradients, and has not ended."""
+        self._half = False
+        """Whether it never will: another forward pass has begun. See [Note: half a backward pass]."""
 
     def _override(self) -> None:
         optimizer, put = self._optimizer, self._overrides
@@ -68,7 +79,9 @@ class SendingPlumbing(ZeroTwoPlumbing):
         put.method(optimizer, "overlapping_partition_gradients_reduce_epilogue", self._epilogue)
         put.method(optimizer, "finalize_gradient_accumulation_boundary", self._finalize)
         put.around(optimizer, "exit_backward", self._exit_backward)
+        put.around(optimizer, "clear_backward_seen_flag", self._clear_backward_seen_flag)
         put.around(optimizer, "zero_grad", self._zero_grad)
+        put.around(self._engine, "zero_grad", self._zero_grad_of_engine)
         put.around(optimizer, "step", self._step)
 
     def remove(self) -> None:
@@ -80,6 +93,7 @@ class SendingPlumbing(ZeroTwoPlumbing):
                 self._optimizer.averaged_gradients[i] = [dense]
         super().remove()
         self._layout = self._sum = self._stream = None
+        self._in_backward = self._half = False
 
     # ---------------------------------------------------------------- gradients
 
@@ -93,6 +107,13 @@ class SendingPlumbing(ZeroTwoPlumbing):
         # Not yet where a loop over one computation makes a gradient in parts, which autograd adds up.
         if param.grad is None or not getattr(param, "ds_grad_is_ready", True):
             return
+        if self._half and self._optimizer.partition_gradients:
+            raise RuntimeError(
+                "backward: expected that the backward pass before has ended, got one that an exception has ended half-way, and"
+                " gradients of it in what is added up. Remedy: catch that exception, and call engine.zero_grad(), which drops all"
+                " micro-batches since the last step."
+            )
+        self._in_backward = True
         pieces = self._installed.pieces.get(id(param), ())
         if pieces:
             row = self._followed()
@@ -162,11 +183,26 @@ class SendingPlumbing(ZeroTwoPlumbing):
     def _exit_backward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # As DeepSpeed does in `process_gradients`, but on a rank that had no gradient, too: ranks must agree on it.
         self._optimizer.micro_step_id = max(self._optimizer.micro_step_id, 0)
+        self._in_backward = False
         return original(*args, **kwargs)
 
+    def _clear_backward_seen_flag(self, original: Callable[..., Any]) -> Any:
+        self._half = self._in_backward
+        return original()
+
     def _zero_grad(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._sum, self._optimizer.micro_step_id = None, -1  # none waits
+        self._forget()
         return original(*args, **kwargs)
+
+    def _zero_grad_of_engine(self, original: Callable[..., Any]) -> Any:
+        # At ZeRO-2 it keeps whole micro-batches, as DeepSpeed does.
+        if self._in_backward or (self._sum is not None and not self._optimizer.partition_gradients):
+            self._forget()
+        return original()
+
+    def _forget(self) -> None:
+        self._sum, self._optimizer.micro_step_id = None, -1  # none waits
+        self._in_backward = self._half = False
 
     # ---------------------------------------------------------------- the step
 

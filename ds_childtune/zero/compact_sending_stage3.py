@@ -109,9 +109,11 @@ class SendingZeroThreePlumbing(ZeroThreePlumbing):
         dtype, numel = optimizer.get_param_comm_dtype(param), param.ds_numel if waits else child.kept
         bucket = self._buckets.setdefault(dtype, _Bucket())
         if param.ds_id in bucket.entries:
+            param.grad = None  # which DeepSpeed's `zero_grad` cannot drop on a CPU
             raise RuntimeError(
                 f"expected one gradient of each parameter in a backward pass, got two of one of shape {tuple(param.ds_shape)}, which"
-                " ZeRO-3 does not add up. Remedy: checkpoint activations with use_reentrant=False, or use ZeRO-2."
+                " ZeRO-3 does not add up. Remedy: after a backward pass that an exception has ended, call"
+                " engine.optimizer.zero_grad(); else checkpoint activations with use_reentrant=False, or use ZeRO-2."
             )
         if bucket.numel and bucket.numel + numel > self._most:
             self._reduce(dtype)
