@@ -25,7 +25,7 @@ from ds_childtune.ranks import device, raising_together, sum_over_ranks, tell, t
 from ds_childtune.shards import FlatShard
 from ds_childtune.zero import clip, compact_reads
 from ds_childtune.zero.compact_parts import CompactParts
-from ds_childtune.zero.engine import applied_steps, base_optimizer, before_each_step, wrapper_of
+from ds_childtune.zero.engine import after_a_failed_step, applied_steps, base_optimizer, before_each_step, wrapper_of
 from ds_childtune.zero.supported import missing_groups
 
 
@@ -74,6 +74,7 @@ class StepHooks:
             base.register_step_post_hook(self._after_step),
             engine.module.register_forward_pre_hook(_checking_before_forward(self)),
         ]
+        self._recovery = after_a_failed_step(engine, self._recover)
 
     # ---------------------------------------------------------------- the child
 
@@ -205,8 +206,14 @@ class StepHooks:
             self._finite_check.end()
         for handle in self._handles:
             handle.remove()
+        self._recovery.remove()
 
     # ---------------------------------------------------------------- around a step
+
+    def _recover(self) -> None:
+        """Param groups as the user has them: after a failed step another child, a checkpoint or plain DeepSpeed may follow."""
+        if self.child is not None:
+            self.child.recover()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self.step_failed = True  # until it has ended

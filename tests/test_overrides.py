@@ -118,6 +118,7 @@ EVERYWHERE = {
     "checkpoint_engine.save",
     "checkpoint_engine.makedirs",
     "engine._load_checkpoint",
+    "engine._take_model_step",
     "engine.load_module_state_dict",
     "engine.load_checkpoint",
     "engine.save_checkpoint",

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,6 +19,7 @@ import ds_childtune
 from ds_childtune import tuner
 from ds_childtune.child.child_shard import ChildShard
 from ds_childtune.selection import selectors as choosing
+from ds_childtune.zero.engine import base_optimizer
 from tests.support import reference
 from tests.support.engines import (
     Optimizer,
@@ -330,3 +332,61 @@ def test_no_dense_masters_between_two_children(pool: RankPool, name: str) -> Non
     for seen in pool[2].run(dtypes_of_flat_shards, SETUPS[name]):
         assert seen, "vacuous: no shard was made"
         assert set(seen) == {torch.bfloat16}
+
+
+def a_step_that_fails(engine: Any) -> list[float]:
+    """The weight decay of the param groups when it did."""
+    during: list[float] = []
+
+    def fail(optimizer: Any, *_: Any) -> None:
+        during.extend(group["weight_decay"] for group in optimizer.param_groups)
+        raise RuntimeError("short of memory")
+
+    handle = base_optimizer(engine).register_step_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="short of memory"):
+        train_step(engine, share(batches(BASE.family, 2, seed=0)))
+    handle.remove()
+    return during
+
+
+def decay_after_a_step_that_failed(stage: int, folder: str) -> dict[str, list[float]]:
+    """The weight decay of the param groups after a step that failed, by what follows. One engine after another."""
+    found = {}
+    for then in ("select", "checkpoint", "detach"):
+        with engine_of(replace(BASE, stage=stage, accumulation=1)) as engine:
+            child = ds_childtune.attach(engine, {"mode": "ChildTuning-D", "reserve_p": P, "selector": "magnitude"})
+            child.select()
+            base, during = base_optimizer(engine), a_step_that_fails(engine)
+            assert during == [0.0], "vacuous: a child decays by itself"
+            if then == "select":
+                child.select()
+            elif then == "checkpoint":
+                engine.save_checkpoint(folder)
+                engine.load_checkpoint(folder)
+            else:
+                child.detach()
+            engine.zero_grad()
+            train_step(engine, share(batches(BASE.family, 2, seed=1)))
+            found[then] = [group["weight_decay"] for group in base.param_groups]
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_step_that_failed_leaves_the_weight_decay(pool: RankPool, tmp_path: Path, stage: int) -> None:
+    for found in pool[2].run(decay_after_a_step_that_failed, stage, str(tmp_path)):
+        assert found == {then: [ADAM["weight_decay"]] for then in ("select", "checkpoint", "detach")}
+
+
+def gradients_after_a_step_that_failed() -> tuple[bool, bool]:
+    """Whether there are any before the optimizer's `zero_grad`, and after."""
+    with engine_of(replace(BASE, accumulation=1)) as engine:
+        block = {"mode": "ChildTuning-D", "reserve_p": P, "selector": "magnitude", "optimizer_state": "compact"}
+        ds_childtune.attach(engine, block).select()
+        a_step_that_fails(engine)
+        before = any(p.grad is not None for p in engine.module.parameters())
+        engine.optimizer.zero_grad()
+        return before, any(p.grad is not None for p in engine.module.parameters())
+
+
+def test_a_step_that_failed_leaves_the_parameters_to_the_optimizer(pool: RankPool) -> None:
+    assert pool[2].run(gradients_after_a_step_that_failed) == [(True, False)] * 2

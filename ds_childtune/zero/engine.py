@@ -189,3 +189,18 @@ def before_each_step(engine: Engine, act: Callable[[], None]) -> Overrides:
     overrides = Overrides()
     overrides.around(engine, "_take_model_step", take)
     return overrides
+
+
+def after_a_failed_step(engine: Engine, act: Callable[[], None]) -> Overrides:
+    """Call `act` where an optimizer step ends in an exception, which goes on."""
+
+    def take(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except BaseException:
+            act()
+            raise
+
+    overrides = Overrides()
+    overrides.around(engine, "_take_model_step", take)
+    return overrides
