@@ -39,8 +39,9 @@ class StepHooks:
     def __init__(self, attachment: Attachment) -> None:
         self._attachment = attachment
         self.progress = Progress()
-        self.child: ChildNetwork | None = None
-        """None: a ChildTuning-D child that is not chosen yet."""
+        self._child: ChildNetwork | None = None
+        self._half_way = False
+        """Whether an exception has come while a child was put in place."""
         self._fixed: FixedChild | None = None
         """The same child, where it is fixed."""
         self.kept: list[int] = []
@@ -78,6 +79,23 @@ class StepHooks:
 
     # ---------------------------------------------------------------- the child
 
+    @property
+    def child(self) -> ChildNetwork | None:
+        """None: a ChildTuning-D child that is not chosen yet. RuntimeError where none is whole."""
+        self._check_whole()
+        return self._child
+
+    @child.setter
+    def child(self, child: ChildNetwork | None) -> None:
+        self._child = child
+
+    def _check_whole(self) -> None:
+        if self._half_way:
+            raise RuntimeError(
+                "ChildTuner: expected a child that was put in place as a whole, got one at which an exception came half-way, as for"
+                " want of memory; the one before is gone. Remedy: make a new engine, and load the last checkpoint."
+            )
+
     def chosen_child(self) -> ChildNetwork:
         """The child; RuntimeError where it is not chosen yet."""
         if self.child is None:
@@ -94,7 +112,8 @@ class StepHooks:
             masks: bool 1-D, one for each flat shard, True = inside the child, or not eligible.
 
         Raises:
-            RuntimeError, NotImplementedError: on every rank, where it cannot be made; the child so far then trains on.
+            RuntimeError, NotImplementedError: on every rank, where it cannot be made; the child so far then trains on. Later, while it
+                is put in place, on one rank only: from then on nothing trains.
             ValueError: likewise, where ranks that step the same elements have been given other masks of them.
         """
         counts = KeptCounts(self._attachment.parameters.by_name)
@@ -105,6 +124,7 @@ class StepHooks:
         with raising_together():  # memory may be short on one rank only
             child = self._made(self._counted(masks, counts), compact)
         self._check_replicas(child)
+        self._half_way = True
         self._take_back_overrides()
         child.take_over()
         if compact is not None:
@@ -117,6 +137,7 @@ class StepHooks:
         self._self_check = SelfCheck() if config.compat is None else None
         self._look_for_nan()
         self.kept = counts.over_ranks()
+        self._half_way = False
 
     def _counted(self, masks: Iterable[Tensor], counts: KeptCounts) -> Iterator[Tensor]:
         for shard, mask in zip(self._attachment.shards, masks, strict=True):
@@ -212,8 +233,8 @@ class StepHooks:
 
     def _recover(self) -> None:
         """Param groups as the user has them: after a failed step another child, a checkpoint or plain DeepSpeed may follow."""
-        if self.child is not None:
-            self.child.recover()
+        if self._child is not None:
+            self._child.recover()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self.step_failed = True  # until it has ended
@@ -325,6 +346,7 @@ class StepHooks:
     def check_before_forward(self) -> None:
         """What was attached to is still there; and a step that DeepSpeed says it applied must have come by here."""
         engine = self._attachment.engine
+        self._check_whole()
         if (problem := missing_groups(engine)) is not None:
             raise RuntimeError(f"ChildTuner: {problem}")
         self._warn_of_thawed()

@@ -19,6 +19,7 @@ import ds_childtune
 from ds_childtune import tuner
 from ds_childtune.child.child_shard import ChildShard
 from ds_childtune.selection import selectors as choosing
+from ds_childtune.zero import compact_sending, compact_stage3
 from ds_childtune.zero.engine import base_optimizer
 from tests.support import reference
 from tests.support.engines import (
@@ -390,3 +391,35 @@ def gradients_after_a_step_that_failed() -> tuple[bool, bool]:
 
 def test_a_step_that_failed_leaves_the_parameters_to_the_optimizer(pool: RankPool) -> None:
     assert pool[2].run(gradients_after_a_step_that_failed) == [(True, False)] * 2
+
+
+def put_in_place_half_way(stage: int, folder: str) -> list[str]:
+    """What is said after an exception at which a child was half in place. Before, it would have trained something else."""
+    with engine_of(replace(BASE, stage=stage, accumulation=1)) as engine:
+        block = {"mode": "ChildTuning-D", "reserve_p": P, "selector": "magnitude", "optimizer_state": "compact"}
+        child = ds_childtune.attach(engine, block)
+        child.select()
+        engine.save_checkpoint(folder)
+        module, name = (compact_sending, "ChildLayout") if stage < 3 else (compact_stage3, "make_gradient_buffer")
+        said = []
+        short = mock.patch.object(module, name, side_effect=torch.OutOfMemoryError("short of memory"))
+        with short, pytest.raises(RuntimeError, match="short of memory"):
+            child.select()
+        for act in (
+            lambda: train_step(engine, share(batches(BASE.family, 2, seed=0))),
+            child.select,
+            child.report,
+            lambda: engine.load_checkpoint(folder),
+            lambda: engine.save_checkpoint(folder, "next"),
+            child.detach,
+        ):
+            with pytest.raises(RuntimeError) as error:
+                act()
+            said.append(str(error.value))
+    return said
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_child_that_is_half_in_place_does_not_train(pool: RankPool, tmp_path: Path, stage: int) -> None:
+    for said in pool[2].run(put_in_place_half_way, stage, str(tmp_path)):
+        assert all("Remedy: make a new engine" in text for text in said), said
