@@ -393,20 +393,30 @@ def test_a_step_that_failed_leaves_the_parameters_to_the_optimizer(pool: RankPoo
     assert pool[2].run(gradients_after_a_step_that_failed) == [(True, False)] * 2
 
 
-def put_in_place_half_way(stage: int, folder: str) -> list[str]:
-    """What is said after an exception at which a child was half in place. Before, it would have trained something else."""
-    with engine_of(replace(BASE, stage=stage, accumulation=1)) as engine:
-        block = {"mode": "ChildTuning-D", "reserve_p": P, "selector": "magnitude", "optimizer_state": "compact"}
+def put_in_place_half_way(stage: int, folder: str) -> tuple[list[str], list[Weights]]:
+    """What is said after an exception at which a child was half in place. Before, it would have trained something else.
+
+    And the weights after the remedy and a step, beside those of the same step on an engine that had no exception.
+    """
+    setup = replace(BASE, stage=stage, accumulation=1)
+    block = {"mode": "ChildTuning-D", "reserve_p": P, "selector": "magnitude", "optimizer_state": "compact"}
+    batch = share(batches(BASE.family, 2, seed=0))
+    with engine_of(setup) as engine:
         child = ds_childtune.attach(engine, block)
         child.select()
         engine.save_checkpoint(folder)
+        train_step(engine, batch)
+        weights = [model_weights(engine)]
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, block)
+        child.select()
         module, name = (compact_sending, "ChildLayout") if stage < 3 else (compact_stage3, "make_gradient_buffer")
         said = []
         short = mock.patch.object(module, name, side_effect=torch.OutOfMemoryError("short of memory"))
         with short, pytest.raises(RuntimeError, match="short of memory"):
             child.select()
         for act in (
-            lambda: train_step(engine, share(batches(BASE.family, 2, seed=0))),
+            lambda: train_step(engine, batch),
             child.select,
             child.report,
             lambda: engine.load_checkpoint(folder),
@@ -416,10 +426,16 @@ def put_in_place_half_way(stage: int, folder: str) -> list[str]:
             with pytest.raises(RuntimeError) as error:
                 act()
             said.append(str(error.value))
-    return said
+    with engine_of(setup) as engine:
+        ds_childtune.attach(engine, block)
+        engine.load_checkpoint(folder)
+        train_step(engine, batch)
+        weights.append(model_weights(engine))
+    return said, weights
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_child_that_is_half_in_place_does_not_train(pool: RankPool, tmp_path: Path, stage: int) -> None:
-    for said in pool[2].run(put_in_place_half_way, stage, str(tmp_path)):
-        assert all("Remedy: make a new engine" in text for text in said), said
+    for said, (undisturbed, remedied) in pool[2].run(put_in_place_half_way, stage, str(tmp_path)):
+        assert all("Remedy: make a new engine, and load the last checkpoint" in text for text in said), said
+        assert all(torch.equal(remedied[name], weight) for name, weight in undisturbed.items())
