@@ -87,9 +87,9 @@ class ChildTuningCallback(TrainerCallback):
             if callback is not None:
                 callback._take(engine)
 
-        def block(config: Mapping[str, Any]) -> object:
+        def block(model: Any, config: Mapping[str, Any]) -> object:
             callback = me()
-            if callback is None or callback._select_at:
+            if callback is None or callback._select_at or callback._is_another(model):
                 return None
             given = callback._config
             return config.get("child_tuning") if given is None else given.model_dump(mode="json", exclude_unset=True)
@@ -103,12 +103,16 @@ class ChildTuningCallback(TrainerCallback):
         """Attach a child to an engine that was just made, if it is the Trainer's."""
         if not takes_steps(engine) or getattr(engine, "child_tuner", None) is not None:
             return
-        model = None if self._model is None else self._model()
-        if model is not None and _bare(engine.module) is not _bare(model):
+        if self._is_another(engine.module):
             return
         if self._config is None and child_tuning_block(engine) is None:
             return
         self.child = attach(engine, self._config)
+
+    def _is_another(self, model: Any) -> bool:
+        """Whether it is not the Trainer's model, as far as that is known: another Trainer's, or a reference model."""
+        ours = None if self._model is None else self._model()
+        return ours is not None and _bare(model) is not _bare(ours)
 
     # ---------------------------------------------------------------- the Trainer's events
 

@@ -201,6 +201,31 @@ def test_what_the_callback_refuses(pool: RankPool, tmp_path: Path) -> None:
         assert "deepspeed=" in said[3]
 
 
+def two_trainers(folder: str) -> tuple[Run, Run, bool]:
+    """Both are there before one trains: a plain one, and two with children. And whether the plain one has trained every element."""
+    with fresh_accelerate():
+        trainers, lines, befores = [], [], []
+        for callbacks in ([], [ds_childtune.ChildTuningCallback(COMPACT)], [ds_childtune.ChildTuningCallback(COMPACT)]):
+            model = tiny_gpt2()
+            befores.append(whole_weights(model))
+            lines += callbacks
+            args = arguments(folder, config(3, None), save_strategy="no")
+            trainers.append(transformers.Trainer(model, args, train_dataset=rows(40), callbacks=callbacks))
+        for trainer in trainers:
+            trainer.train()
+        end = whole_weights(trainers[0].model)
+        moved = sum(int((end[n] != w).sum()) for n, w in befores[0].items()) / sum(w.numel() for w in end.values())
+        runs = [run_of(t, c, w) for t, c, w in zip(trainers[1:], lines, befores[1:], strict=True)]
+        return runs[0], runs[1], moved > 0.9
+
+
+def test_trainers_do_not_change_each_other_s_engines(pool: RankPool, tmp_path: Path) -> None:
+    for first, second, all_moved in pool[2].run(two_trainers, str(tmp_path)):
+        assert all_moved
+        check_masked(first, "first")
+        check_masked(second, "second")
+
+
 class Recorder(transformers.TrainerCallback):
     """What a logger such as TensorBoard's is handed."""
 

@@ -11,12 +11,12 @@ from ds_childtune.zero.lean_start import lean_engines
 from ds_childtune.zero.overrides import Overrides
 
 
-def around_initialize(take: Callable[[Any], None], block: Callable[[Mapping[str, Any]], object]) -> Overrides:
+def around_initialize(take: Callable[[Any], None], block: Callable[[Any, Mapping[str, Any]], object]) -> Overrides:
     """Until `remove`, hand each engine that `deepspeed.initialize` makes to `take`.
 
     Args:
-        block: given the DeepSpeed config, where it is a mapping: the `"child_tuning"` block that the engine will train with, or
-            None. Where that lets an engine start lean, it does: see `lean_start`.
+        block: given the model and the DeepSpeed config, where it is a mapping: the `"child_tuning"` block that the engine will
+            train with, or None. Where that lets an engine start lean, it does: see `lean_start`.
     """
     import deepspeed
 
@@ -24,7 +24,7 @@ def around_initialize(take: Callable[[Any], None], block: Callable[[Mapping[str,
         config = kwargs.get("config") or kwargs.get("config_params")
         lean = False
         if isinstance(config, Mapping):
-            child_tuning = block(config)
+            child_tuning = block(kwargs.get("model"), config)
             lean = child_tuning is not None and can_start_lean({**config, "child_tuning": child_tuning})
         # No error without an optimizer: of a Trainer's other models, such as DPO's reference model, DeepSpeed only makes engines.
         with lean_engines() if lean else nullcontext():

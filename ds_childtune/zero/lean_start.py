@@ -66,10 +66,11 @@ def lean_engines() -> Iterator[list[Optimizer]]:
 
     def lean_setup(setup: Callable[[Optimizer], None], optimizer: Optimizer) -> None:
         setup(optimizer)
-        make_gradient_buffer(optimizer, {p.ds_id: 0 for p in parameters(optimizer)})
-        refusing = Overrides()
-        refusing.method(optimizer, "partition_grads", _no_gradients)
-        setattr(optimizer, _MARK, refusing)
+        if not hasattr(optimizer, _MARK):  # else a `with` inside this one has made it lean
+            make_gradient_buffer(optimizer, {p.ds_id: 0 for p in parameters(optimizer)})
+            refusing = Overrides()
+            refusing.method(optimizer, "partition_grads", _no_gradients)
+            setattr(optimizer, _MARK, refusing)
         made.append(optimizer)
 
     with Overrides() as overrides:
