@@ -120,9 +120,10 @@ class ChildTuningCallback(TrainerCallback):
         self._model = weakref.ref(kwargs["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._around.remove()
         trainer = _trainer_of(self)
-        if self.child is None or _bare(self.child.engine.module) is not _bare(kwargs["model"]):
+        _refuse_an_earlier_engine(trainer)
+        self._around.remove()
+        if self.child is None or self.child.engine is not getattr(trainer, "model_wrapped", self.child.engine):
             self._attach_late(trainer)
         assert self.child is not None
         if trainer is not None:  # first, so that the others log what this one adds
@@ -200,6 +201,17 @@ class ChildTuningCallback(TrainerCallback):
         if metrics is not None:
             trainer._metrics = metrics
         self._logged = report.numbers()
+
+
+def _refuse_an_earlier_engine(trainer: Any) -> None:
+    """A Trainer makes an engine once. At the next `train` accelerate destroys it, and the first step fails without a reason."""
+    accelerator = getattr(trainer, "accelerator", None)
+    if accelerator is not None and getattr(accelerator, "deepspeed_engine_wrapped", accelerator) is None:
+        raise RuntimeError(
+            "ChildTuningCallback: expected a Trainer that makes its engine in this train(), got one that has made it already, in"
+            " an earlier evaluate(), predict() or train(). transformers does not make another. Remedy:"
+            " trainer.model_wrapped = trainer.model before this train(); a child is then chosen on the weights as they are."
+        )
 
 
 def _logs_after_next_step(args: Any, state: Any) -> bool:

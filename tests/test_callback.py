@@ -226,6 +226,35 @@ def test_trainers_do_not_change_each_other_s_engines(pool: RankPool, tmp_path: P
         check_masked(second, "second")
 
 
+def trained_again(folder: str) -> list[tuple[str, int, Run]]:
+    """`train` after `evaluate`, and `train` again: what is said, the remedy, the steps of the child. The block is an argument."""
+    found = []
+    with fresh_accelerate():
+        args = arguments(folder, config(3, None), save_strategy="no")
+        line = ds_childtune.ChildTuningCallback(COMPACT)
+        trainer = transformers.Trainer(
+            tiny_gpt2(), args, train_dataset=rows(40), eval_dataset=rows(8), callbacks=[line]
+        )
+        trainer.evaluate()
+        for _ in range(2):
+            before = whole_weights(trainer.model)
+            with pytest.raises(RuntimeError) as error:
+                trainer.train()
+            trainer.model_wrapped = trainer.model
+            trainer.train()
+            assert line.child is not None
+            found.append((str(error.value), line.child.step, run_of(trainer, line, before, detach=False)))
+    return found
+
+
+def test_a_trainer_that_has_an_engine_already(pool: RankPool, tmp_path: Path) -> None:
+    for found in pool[2].run(trained_again, str(tmp_path)):
+        for said, steps, run in found:
+            assert "in an earlier evaluate(), predict() or train()" in said
+            assert steps == 4, "those of another engine"
+            check_masked(run, "again")
+
+
 class Recorder(transformers.TrainerCallback):
     """What a logger such as TensorBoard's is handed."""
 

@@ -109,12 +109,13 @@ def rows(count: int, seed: int = 0) -> list[dict[str, Tensor]]:
     return [{"input_ids": text, "labels": text} for text in texts]
 
 
-def run_of(trainer: Any, callback: ds_childtune.ChildTuningCallback, before: Weights) -> Run:
+def run_of(trainer: Any, callback: ds_childtune.ChildTuningCallback, before: Weights, *, detach: bool = True) -> Run:
     """What a trained Trainer has come to."""
     child = callback.child
     assert child is not None
     report = child.report()
     masks = {p.name: child.gather_mask(p.name) for p in report.parameters}
     run = Run(before, whole_weights(trainer.model), masks, child.step, report, trainer.state.log_history)
-    child.detach()
+    if detach:
+        child.detach()
     return run
