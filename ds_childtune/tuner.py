@@ -60,6 +60,7 @@ from ds_childtune.zero.engine import (
 from ds_childtune.zero.flat_shards import read_flat_shards, read_parameters
 from ds_childtune.zero.layout_check import check_layout
 from ds_childtune.zero.masters import separate_masters, share_masters
+from ds_childtune.zero.other_engines import refuse_parameters_of_another
 from ds_childtune.zero.supported import check_engine, refuse_finite_check, refuse_unsupported_engine
 
 
@@ -76,7 +77,7 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
     Raises:
         ValueError: for a wrong config, or what is not an engine; on every rank, naming key, value and remedy.
         NotImplementedError: for a set-up that is not supported; on every rank, with a remedy.
-        RuntimeError: when the engine has a child already.
+        RuntimeError: when the engine has a child already, or an earlier engine takes its model's gradients; on every rank.
     """
     check_engine(engine)
     with raising_together():
@@ -85,6 +86,7 @@ def attach(engine: Any, config: ChildTuningConfig | Mapping[str, Any] | None = N
         parsed = parse_config(config if config is not None else child_tuning_block(engine))
         refuse_unsupported_engine(engine)
         parameters = read_parameters(engine)
+        refuse_parameters_of_another(engine, parameters.by_name)
         candidates = eligible_names(engine.module, tuple(parameters.by_name), parsed)
         eligible = frozenset(parameters.by_name) if parsed.others == "frozen" else candidates
         shards = mark_eligible(read_flat_shards(engine, parameters), eligible)

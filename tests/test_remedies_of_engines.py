@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
+import pytest
 import torch.distributed as dist
 
 import ds_childtune
@@ -290,3 +292,38 @@ def test_each_remedy_works(pool: RankPool) -> None:
         wordless = {name: said for name, (said, _) in found.items() if not all(w in said for w in CASES[name].words)}
         assert not wordless
         assert not [name for name, (_, moved) in found.items() if moved < 1e-3], "after the remedy nothing trains"
+
+
+def second_engine(stage: int, block: dict[str, Any]) -> tuple[str, float]:
+    """What `attach` says of a second engine on the same model, and how far one moves the weights that comes after `destroy`."""
+    said = "no error"
+    setup = replace(ODD, stage=stage)
+    with engine_of(setup) as first:
+        chosen(COMPACT)(first)
+        train_step(first, mine(2))
+        parameters = [p for p in first.module.parameters() if p.requires_grad]
+        second, *_ = deepspeed.initialize(model=first.module, model_parameters=parameters, config=setup.config())
+        try:
+            ds_childtune.attach(second, block)
+        except RuntimeError as error:
+            said = str(error)
+        second.destroy()
+    # `first` is destroyed here.
+    third, *_ = deepspeed.initialize(model=first.module, model_parameters=parameters, config=setup.config())
+    child = ds_childtune.attach(third, block)
+    if block["mode"] == "ChildTuning-D":
+        child.select(mine())
+    before = master_weights(third)
+    train_step(third, mine(2))
+    child.detach()
+    moved = distance(master_weights(third), before)
+    third.destroy()
+    return said, moved
+
+
+@pytest.mark.parametrize(("stage", "block"), [(1, F), (2, COMPACT), (3, COMPACT)])
+def test_a_second_engine_on_the_same_model(pool: RankPool, stage: int, block: dict[str, Any]) -> None:
+    for said, moved in pool[2].run(second_engine, stage, block):
+        assert "of embed.weight" in said
+        assert "call that engine's destroy() before" in said
+        assert moved > 1e-3, "after the remedy nothing trains"

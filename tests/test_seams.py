@@ -112,6 +112,7 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
     "BF16_Optimizer": (
         Setup("odd", stage=1, bf16=True, fp32_accumulation=True),
         (
+            "_grad_acc_hooks",
             "optimizer",
             "fp32_groups_flat_partition",
             "bf16_groups",
@@ -130,6 +131,7 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
     "DeepSpeedZeroOptimizer": (
         Setup("odd", stage=2),
         (
+            "_grad_acc_hooks",
             "_global_grad_norm",
             "clip_grad",
             "optimizer",
@@ -194,6 +196,7 @@ WRAPPERS: dict[str, tuple[Setup, tuple[str, ...]]] = {
     "DeepSpeedZeroOptimizer_Stage3": (
         Setup("odd", stage=3, sub_group_size=20),
         (
+            "_grad_acc_hooks",
             "optimizer",
             "fp32_partitioned_groups_flat",
             "fp16_groups",
