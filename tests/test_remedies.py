@@ -149,6 +149,11 @@ def test_merge_and_compose(tmp_path: Path) -> None:
     for act in (merge, compose):
         with pytest.raises(ValueError, match="pass its path"):
             act(base, [], tmp_path / "none")
+        for one in (child, str(child)):
+            with pytest.raises(
+                ValueError, match=r"expected a list of children's folders, got .*child.* pass \['.*child'\]"
+            ):
+                act(base, one, tmp_path / "none")  # type: ignore[operator]
     with pytest.raises(ValueError, match="give the folder or hub name of the child's base model"):
         merge(tmp_path / "nowhere", [child], tmp_path / "merged")
     merge(base, [child], tmp_path / "merged")
@@ -163,7 +168,8 @@ def test_merge_and_compose(tmp_path: Path) -> None:
     (child / "child.json").write_bytes(seal(parse(Manifest, json.dumps(unknown), "")).json())
     with pytest.raises(ValueError, match=r"build the base model yourself, and call ds_childtune\.apply_child"):
         merge(base, [child], tmp_path / "again")
-    apply_child(build("bert"), child)
+    applied = apply_child(build("bert"), child)
+    assert "tensor" not in repr(applied), "a notebook would print every weight"
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -72,7 +72,7 @@ def apply_child(target: Any, *paths: str | Path, conflicts: Conflicts = "refuse"
     return applied
 
 
-@dataclass
+@dataclass(repr=False)
 class AppliedChild:
     """A model with children on it."""
 

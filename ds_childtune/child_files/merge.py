@@ -41,7 +41,7 @@ def merge(
         raise ValueError(
             f"{output}: expected a new folder, got one that exists. Remedy: remove it, or write elsewhere."
         )
-    model = _tuned(base, [open_child(path, kind=KIND, checksums=False) for path in children], conflicts)
+    model = _tuned(base, _opened(children), conflicts)
     draft = output.with_name(f".{output.name}.tmp")
     with explained(draft):
         shutil.rmtree(draft, ignore_errors=True)
@@ -68,7 +68,7 @@ def compose(
         ValueError, NotImplementedError, RuntimeError: see `apply_child`; or when `output` cannot be written.
     """
     output = Path(output)
-    opened = [open_child(path, kind=KIND, checksums=False) for path in children]
+    opened = _opened(children)
     model: Any = _tuned(base, opened, conflicts)
     stored = {name for child in opened for name in child.stored}
     inside_of = [_inside(child) for child in opened]
@@ -95,6 +95,14 @@ def compose(
     return manifest
 
 
+def _opened(children: Sequence[str | Path]) -> list[SavedChild]:
+    if isinstance(children, (str, Path)):  # a text would be taken for a list of its letters
+        raise ValueError(f"expected a list of children's folders, got {children!r}. Remedy: pass [{str(children)!r}].")
+    if not children:
+        raise ValueError("expected at least one child's folder, got none. Remedy: pass its path.")
+    return [open_child(path, kind=KIND, checksums=False) for path in children]
+
+
 def _inside(child: SavedChild) -> dict[str, Piece]:
     """Which elements of every stored parameter are inside the child, without their values."""
     names = [p.name for p in child.manifest.parameters if p.stored]
@@ -103,8 +111,6 @@ def _inside(child: SavedChild) -> dict[str, Piece]:
 
 def _tuned(base: str | Path, children: Sequence[SavedChild], conflicts: Conflicts) -> Any:
     """The base model, loaded as it was trained, with the children on it."""
-    if not children:
-        raise ValueError("expected at least one child's folder, got none. Remedy: pass its path.")
     model = _load(base, children[0])
     apply_child(model, *(child.folder for child in children), conflicts=conflicts)
     return model
