@@ -31,7 +31,7 @@ from ds_childtune.selection.contrast import check_against, contrast
 from ds_childtune.selection.eligible import eligible_names
 from ds_childtune.selection.experts import Experts
 from ds_childtune.selection.fisher import Fisher
-from ds_childtune.selection.fisher_pass import estimate_fisher
+from ds_childtune.selection.fisher_pass import FisherPass
 from ds_childtune.selection.given import GivenMask, Unnamed, check_arguments, given_masks, match_names, must_be_alike
 from ds_childtune.selection.loss import LossFunction, default_loss
 from ds_childtune.selection.rounds import check_batches
@@ -186,15 +186,11 @@ class ChildTuner:
             self._check_attached()
             self._check_between_steps("estimate_fisher", self._waits)
             check_batches(batches)
-        return estimate_fisher(
-            self.engine,
-            self.attachment.parameters,
-            self.attachment.trainable_shards(),
-            self.attachment.trainable(),
-            batches,
-            config,
-            loss_fn or default_loss,
-        )
+            attachment = self.attachment
+            names = sorted(attachment.trainable())
+            # Memory for the sums may be short on one rank only.
+            calibration = FisherPass(self.engine, attachment.parameters, attachment.trainable_shards(), names, config)
+        return calibration.estimate(batches, loss_fn or default_loss)
 
     def gather_fisher(self, fisher: Fisher, name: str) -> Tensor:
         """fp32 of the eligible parameter's full shape, on every rank. A collective."""

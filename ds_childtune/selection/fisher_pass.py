@@ -40,34 +40,11 @@ from ds_childtune.zero.flat_shards import Parameters
 from ds_childtune.zero.reduction import Reduction, TakenTwice
 
 
-def estimate_fisher(
-    engine: Any,
-    parameters: Parameters,
-    shards: Sequence[FlatShard],
-    eligible: frozenset[str],
-    batches: Iterable[Any],
-    config: FisherConfig,
-    loss_fn: LossFunction,
-) -> Fisher:
-    """Empirical Fisher information of the eligible fragments on this rank's shards. A collective.
+class FisherPass:
+    """One pass: backward makes gradients, `Reduction` sums them or their squares. See [Note: squares before the reduction].
 
-    Raises:
-        ValueError: on every rank, for no batches, a loss that is not finite, an eligible parameter that can have no gradient, or
-            with `unreached: "error"` an expert without one.
-        NotImplementedError: on every rank, for ranks that use different parameters where DeepSpeed mixes their gradients, and for
-            gradients that come in parts.
-        RuntimeError: on every rank, when a rank's iterable or loss function, or its backward pass, raises anything else.
-        Unanswered: on a rank that fails where the others wait for it; see `raise_together`.
+    Making it takes the memory for the sums, which may be short on one rank only: let ranks agree. It has no collectives.
     """
-    with raising_together():  # memory for the sums may be short on one rank only
-        fisher_pass = _FisherPass(engine, parameters, shards, sorted(eligible), config)
-    with _same_afterwards(engine, config.model_mode):
-        fisher_pass.run(batches, loss_fn)
-    return fisher_pass.finish()
-
-
-class _FisherPass:
-    """One pass: backward makes gradients, `Reduction` sums them or their squares. See [Note: squares before the reduction]."""
 
     def __init__(
         self,
@@ -103,7 +80,22 @@ class _FisherPass:
         self._terms = 0
         """Terms of the mean: micro-batches, or global batches."""
 
-    def run(self, batches: Iterable[Any], loss_fn: LossFunction) -> None:
+    def estimate(self, batches: Iterable[Any], loss_fn: LossFunction) -> Fisher:
+        """Empirical Fisher information of the eligible fragments on this rank's shards. A collective.
+
+        Raises:
+            ValueError: on every rank, for no batches, a loss that is not finite, an eligible parameter that can have no gradient, or
+                with `unreached: "error"` an expert without one.
+            NotImplementedError: on every rank, for ranks that use different parameters where DeepSpeed mixes their gradients, and
+                for gradients that come in parts.
+            RuntimeError: on every rank, when a rank's iterable or loss function, or its backward pass, raises anything else.
+            Unanswered: on a rank that fails where the others wait for it; see `raise_together`.
+        """
+        with _same_afterwards(self._engine, self._config.model_mode):
+            self._run(batches, loss_fn)
+        return self._finish()
+
+    def _run(self, batches: Iterable[Any], loss_fn: LossFunction) -> None:
         handles = [
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._reached.add(name))
             for name, parameter in self._parameters.items()
@@ -195,7 +187,7 @@ class _FisherPass:
             " branch]), or let every micro-batch use every parameter."
         )
 
-    def finish(self) -> Fisher:
+    def _finish(self) -> Fisher:
         """Check that every eligible parameter had a gradient, and count the terms. A collective."""
         names = list(self._parameters)
         reached = torch.tensor([n in self._reached for n in names], dtype=torch.int64, device=device())
