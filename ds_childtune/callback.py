@@ -3,9 +3,10 @@
 [Note: one line in a Trainer]
 In a Trainer's `train()` the order is: `deepspeed.initialize`, the checkpoint's load, `on_train_begin`, the first forward pass. A child
 has to be attached between the first two, so that the Trainer's own load brings it, and no event lies there. So from its
-construction until `on_train_begin` the callback stands around `deepspeed.initialize`, and attaches a child to the Trainer's engine as
-it is made. Other engines, such as the reference model's of preference tuning, are passed on. `on_train_begin` then takes
-itself away from `deepspeed.initialize`, and selects a child from the training set, unless a checkpoint has brought one.
+construction until `on_train_begin` the callback stands around `deepspeed.initialize`, and attaches a child to its Trainer's engine as
+it is made. Other engines are passed on: the reference model's of preference tuning, and those that another Trainer or nobody's
+Trainer makes. `on_train_begin` then takes itself away from `deepspeed.initialize`, and selects a child from the training set,
+unless a checkpoint has brought one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback
 
 from ds_childtune.child.step_numbers import StepNumbers
@@ -66,8 +66,6 @@ class ChildTuningCallback(TrainerCallback):
         self._against = against
         self._loss_fn = loss_fn
         self._select_at = select_at
-        self._model: weakref.ref[nn.Module] | None = None
-        """The Trainer's, once it is known."""
         self._waiting: Any = None
         """An engine that trains in full until `select_at`."""
         self._measures = False
@@ -89,7 +87,7 @@ class ChildTuningCallback(TrainerCallback):
 
         def block(model: Any, config: Mapping[str, Any]) -> object:
             callback = me()
-            if callback is None or callback._select_at or callback._is_another(model):
+            if callback is None or callback._select_at or not callback._is_ours(model):
                 return None
             given = callback._config
             return config.get("child_tuning") if given is None else given.model_dump(mode="json", exclude_unset=True)
@@ -103,21 +101,18 @@ class ChildTuningCallback(TrainerCallback):
         """Attach a child to an engine that was just made, if it is the Trainer's."""
         if not takes_steps(engine) or getattr(engine, "child_tuner", None) is not None:
             return
-        if self._is_another(engine.module):
+        if not self._is_ours(engine.module):
             return
         if self._config is None and child_tuning_block(engine) is None:
             return
         self.child = attach(engine, self._config)
 
-    def _is_another(self, model: Any) -> bool:
-        """Whether it is not the Trainer's model, as far as that is known: another Trainer's, or a reference model."""
-        ours = None if self._model is None else self._model()
-        return ours is not None and _bare(model) is not _bare(ours)
+    def _is_ours(self, model: Any) -> bool:
+        """Whether this callback's own Trainer makes an engine of its model now."""
+        trainer = _trainer_of(self)
+        return trainer is not None and _bare(model) is _bare(trainer.model)
 
     # ---------------------------------------------------------------- the Trainer's events
-
-    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._model = weakref.ref(kwargs["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = _trainer_of(self)
@@ -256,7 +251,7 @@ def _bare(module: Any) -> Any:
 
 
 def _trainer_of(callback: ChildTuningCallback) -> Any:
-    """The Trainer whose event is being handled: transformers hands a callback everything but it. None where there is none."""
+    """The Trainer of this callback that is at work: transformers hands a callback everything but it. None where there is none."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")

@@ -45,34 +45,18 @@ class KeptCounts:
 
 
 def unlike_masks(masks: Iterable[tuple[Fragment, Tensor]]) -> list[str]:
-    """Names of the fragments whose masks are not the same on all ranks. A collective, where every rank has the same fragments.
+    """Names of the fragments whose masks are not the same on all ranks. Collectives, where every rank has the same fragments.
 
     Args:
         masks: a bool mask for each, True = inside.
     """
-    names, digests = [], []
+    names, unlike = [], []
     for fragment, mask in masks:
+        found = torch.zeros((), dtype=torch.uint8, device=device())
+        for tile in mask.to(device()).split(tile_of(device())):
+            inside_and_outside = torch.stack([tile, ~tile]).to(torch.uint8)
+            max_over_ranks(inside_and_outside)
+            found |= inside_and_outside.amin(0).amax()
         names.append(fragment.name)
-        digests.append(_digest(mask).to(device()))
-    if not names:
-        return []
-    digest = torch.stack(digests)
-    extremes = torch.cat([digest, -digest])
-    max_over_ranks(extremes)
-    largest, smallest = extremes.view(2, -1)
-    return [name for name, other in zip(names, (largest != -smallest).tolist(), strict=True) if other]
-
-
-def _digest(mask: Tensor) -> Tensor:
-    """int64 scalar below 2**62: another number for another mask. It notices mistakes, not forgeries; the host does not wait."""
-    total = torch.zeros((), dtype=torch.int64, device=mask.device)
-    size = tile_of(mask.device)
-    for first in range(0, mask.numel(), size):
-        part = mask[first : first + size]
-        keys = torch.arange(first + 1, first + 1 + part.numel(), device=mask.device) * _ODD[0]
-        total += ((keys ^ (keys >> 29)) * _ODD[1] * part).sum()
-    return total & (1 << 62) - 1
-
-
-_ODD = (-0x61C8864680B583EB, -0x40A7B892E31B1A47)
-"""The constants of splitmix64, as int64 has them; products overflow on purpose."""
+        unlike.append(found)
+    return [name for name, other in zip(names, unlike, strict=True) if other]

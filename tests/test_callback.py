@@ -255,6 +255,35 @@ def test_a_trainer_that_has_an_engine_already(pool: RankPool, tmp_path: Path) ->
             check_masked(run, "again")
 
 
+def two_on_one_model(folder: str) -> tuple[str, Run]:
+    """A second Trainer on the model of a first: what is said, and the run after the remedy."""
+
+    def trainer_of(model: Any, line: ds_childtune.ChildTuningCallback) -> transformers.Trainer:
+        args = arguments(folder, config(2, None), save_strategy="no")  # accelerate wants new ones for each
+        return transformers.Trainer(model, args, train_dataset=rows(40), callbacks=[line])
+
+    with fresh_accelerate():
+        model = tiny_gpt2()
+        never_trained = trainer_of(model, ds_childtune.ChildTuningCallback(D))
+        first = trainer_of(model, ds_childtune.ChildTuningCallback(D))
+        first.train()
+        before = whole_weights(first.model)
+        with pytest.raises(RuntimeError) as error:
+            trainer_of(first.model, ds_childtune.ChildTuningCallback(D)).train()
+        first.model_wrapped.destroy()
+        line = ds_childtune.ChildTuningCallback(D)
+        second = trainer_of(first.model, line)
+        second.train()
+        assert not never_trained.state.global_step
+        return str(error.value), run_of(second, line, before)
+
+
+def test_a_second_trainer_on_the_same_model(pool: RankPool, tmp_path: Path) -> None:
+    for said, run in pool[2].run(two_on_one_model, str(tmp_path)):
+        assert "trainer.model_wrapped.destroy()" in said
+        check_masked(run, "second")
+
+
 class Recorder(transformers.TrainerCallback):
     """What a logger such as TensorBoard's is handed."""
 

@@ -299,6 +299,22 @@ def drawn_by_each_rank(setup: Setup, block: dict[str, Any]) -> tuple[str, bool, 
     return str(error.value), stays, alike
 
 
+def drawn_where_elements_have_one_owner(setup: Setup, block: dict[str, Any]) -> Weights:
+    """The weights, with masks that each rank draws by itself."""
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, block)
+        child.select(masks={EMBEDDING: ROWS, "*.mlp.*": drawn(dist.get_rank())})
+        train_step(engine, share(2, seed=0))
+        return model_weights(engine)
+
+
+@pytest.mark.parametrize("block", [D, COMPACT], ids=["dense", "compact"])
+def test_with_zero_each_element_has_one_owner(pool: RankPool, block: dict[str, Any]) -> None:
+    """The other remedy of what the next test refuses."""
+    first, second = pool[2].run(drawn_where_elements_have_one_owner, Setup(stage=1), block)
+    assert all(torch.equal(second[name], weights) for name, weights in first.items())
+
+
 @pytest.mark.parametrize("block", [D, COMPACT], ids=["dense", "compact"])
 def test_without_zero_ranks_must_give_the_same_masks(pool: RankPool, block: dict[str, Any]) -> None:
     for said, stays, alike in pool[2].run(drawn_by_each_rank, Setup(stage=0), block):

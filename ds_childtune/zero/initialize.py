@@ -29,7 +29,12 @@ def around_initialize(take: Callable[[Any], None], block: Callable[[Any, Mapping
         # No error without an optimizer: of a Trainer's other models, such as DPO's reference model, DeepSpeed only makes engines.
         with lean_engines() if lean else nullcontext():
             made = original(*args, **kwargs)
-        take(made[0])
+        try:
+            take(made[0])
+        except Exception:
+            # The caller never gets this engine, whose hooks would go on to take the model's gradients.
+            made[0].destroy()
+            raise
         return made
 
     overrides = Overrides()

@@ -24,6 +24,7 @@ def refuse_parameters_of_another(engine: Engine, parameters: Mapping[str, nn.Par
         ):
             raise RuntimeError(
                 f"attach: expected an engine that no other shares its parameters with, got one whose gradients (of {name}, for"
-                " example) an earlier engine on the same model takes. Remedy: call that engine's destroy() before"
-                " deepspeed.initialize makes this one, with a Trainer trainer.model_wrapped.destroy(); or build the model anew."
+                " example) an earlier engine on the same model takes. Remedy: call destroy() of every engine on the model, this one"
+                " too, before deepspeed.initialize makes the next, with a Trainer trainer.model_wrapped.destroy(); or build the"
+                " model anew."
             )
