@@ -277,6 +277,27 @@ def test_not_in_the_middle_of_an_accumulation(pool: RankPool, name: str) -> None
         assert all("between a micro-batch and its optimizer step" in message for message in said)
 
 
+def chosen_again_and_again(setup: Setup) -> list[Weights]:
+    """Weights after a step and `detach`: of a child chosen once, and of one chosen again with nothing but Fisher passes between."""
+    ends = []
+    for calls in (["select"], ["select", "select", "estimate_fisher", "select"]):
+        with engine_of(setup) as engine:
+            child = ds_childtune.attach(engine, {"mode": "ChildTuning-D", "reserve_p": P, "optimizer_state": "compact"})
+            data = share(batches(setup.family, 8, seed=0))
+            for call in calls:
+                getattr(child, call)(data[:2])
+            train_step(engine, data[2 : 2 + setup.accumulation])
+            child.detach()
+            ends.append(master_weights(engine))
+    return ends
+
+
+@pytest.mark.parametrize("name", ["gradients-zero1", "gradients-zero2-bf16", "gradients-zero3"])
+def test_a_fisher_pass_leaves_nothing_that_waits_for_a_step(pool: RankPool, name: str) -> None:
+    for once, again in pool[2].run(chosen_again_and_again, SETUPS[name]):
+        assert all(torch.equal(again[n], w) for n, w in once.items())
+
+
 def one_rank_reaches_nothing(setup: Setup) -> list[str]:
     """What `select` and `detach` say after a backward pass that reached no parameter on rank 1; then it trains on, and they work."""
     with engine_of(setup) as engine:
