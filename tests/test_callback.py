@@ -284,6 +284,30 @@ def test_a_second_trainer_on_the_same_model(pool: RankPool, tmp_path: Path) -> N
         check_masked(run, "second")
 
 
+def corrected(folder: str, stage: int) -> tuple[str, Run]:
+    """A block that `attach` refuses, and the corrected one in a new Trainer on the same model, as in a notebook."""
+    with fresh_accelerate():
+        model = tiny_gpt2()
+        before = whole_weights(model)
+        lines = [ds_childtune.ChildTuningCallback(COMPACT | more) for more in ({"include": ["no.such.name"]}, {})]
+        for line in lines:
+            args = arguments(folder, config(stage, None), save_strategy="no")
+            trainer = transformers.Trainer(model, args, train_dataset=rows(40), callbacks=[line])
+            if line is lines[0]:
+                with pytest.raises(ValueError, match="Remedy: correct it") as error:
+                    trainer.train()
+            else:
+                trainer.train()
+        return str(error.value), run_of(trainer, line, before)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_block_is_corrected_without_a_new_process(pool: RankPool, tmp_path: Path, stage: int) -> None:
+    for said, run in pool[2].run(corrected, str(tmp_path), stage):
+        assert "no.such.name" in said
+        check_masked(run, "corrected")
+
+
 class Recorder(transformers.TrainerCallback):
     """What a logger such as TensorBoard's is handed."""
 
