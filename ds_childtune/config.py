@@ -1,6 +1,7 @@
 """The `"child_tuning"` block of a DeepSpeed config, checked.
 
-The block does nothing by itself: `attach` reads it, and until then the engine refuses to step (see [Note: a block without a child]).
+The block does nothing by itself: `attach` reads it. Until then the engine refuses to step, once ds_childtune is imported (see
+[Note: a block without a child]).
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class ChildTuningConfig(_Block):
     clip: Literal["dense", "child"] | None = None
     """ChildTuning-D: the norm that `gradient_clipping` compares and `engine.get_global_grad_norm()` returns: of the whole
     gradient, as in the original code, or of the child's. Null is `dense` where gradients are clipped. Where they are not, a
-    compact child at ZeRO-3 keeps only its own gradient, so that only its norm is known."""
+    compact child at ZeRO 1 to 3 keeps only its own gradient, so that only its norm is known."""
 
     sends: Literal["child", "whole"] = "child"
     """`optimizer_state` `compact`, ZeRO-1 to 3: what ranks send. `child`: only the child, where its gradients are all that is kept.

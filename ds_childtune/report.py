@@ -47,7 +47,7 @@ class Report:
     calibration_batches: int = 0
     """Micro-batches, or global batches, that Fisher information was averaged over."""
     threshold: float | None = None
-    """ChildTuning-D: the k-th largest score; None with selector `lowest_fisher`."""
+    """ChildTuning-D: the k-th largest score; None with selector `lowest_fisher`, and for a child of `masks` or `child`."""
     zero_parameters: tuple[str, ...] = ()
     """Eligible parameters that had no score but zero when the child was chosen, so that nothing is known of their elements."""
     zero_kept: int = 0

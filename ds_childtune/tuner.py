@@ -193,7 +193,14 @@ class ChildTuner:
         return calibration.estimate(batches, loss_fn or default_loss)
 
     def gather_fisher(self, fisher: Fisher, name: str) -> Tensor:
-        """fp32 of the eligible parameter's full shape, on every rank. A collective."""
+        """Mean Fisher information: fp32 of the eligible parameter's full shape, on every rank. A collective.
+
+        Args:
+            fisher: what `estimate_fisher` has returned.
+
+        Raises:
+            ValueError: for a name that no eligible parameter has.
+        """
         name = self.attachment.eligible_name(name)
         values = [
             (f, total.float() / fisher.terms)
@@ -221,13 +228,17 @@ class ChildTuner:
         Args:
             batches: calibration micro-batches, see `estimate_fisher`; may be None for a selector that needs none.
             loss_fn: see `estimate_fisher`.
-            against: for selector `contrast`, micro-batches of general text that the model is to keep; see [Note: contrast].
+            against: for selector `contrast`, micro-batches of general text that the model is to keep; see [Note: contrast] in
+                selection/contrast.py.
             masks: which elements train, by the name of an eligible parameter or a glob pattern: a bool tensor of its shape, row
-                numbers, "nonzero", or a function of its shape; see [Note: masks that are given].
+                numbers, "nonzero", or a function of its shape; see [Note: masks that are given] in selection/given.py.
             child: a folder: what `export` wrote, a checkpoint's tag, or a checkpoint folder, whose latest tag is taken. Only its
                 mask is read.
             unnamed: "frozen" or "dense": whether eligible parameters that `masks` or `child` does not have are outside the child or
                 train in full.
+
+        Returns:
+            What `report()` gives, which rank 0 also prints, with the times of this selection.
 
         Raises:
             ValueError: on every rank, for no batches, NaN or inf, or an eligible parameter that can have no gradient;
@@ -235,6 +246,7 @@ class ChildTuner:
             NotImplementedError: on every rank, for ranks that use different parameters in a micro-batch at ZeRO 1 to 3.
             RuntimeError: on every rank, with ChildTuning-F, between a micro-batch and its step, or when `batches` raises. The child
                 so far, if there is one, then trains on.
+            ChildFileError: on every rank, a ValueError for a folder `child` that is damaged or of another model.
         """
         if self.config.mode != "ChildTuning-D":
             raise RuntimeError(
@@ -357,7 +369,8 @@ class ChildTuner:
     # ---------------------------------------------------------------- the child on its own
 
     def export(self, path: str | Path) -> None:
-        """Write only ChildTuning-D's child, in Hugging Face names: see [Note: export], and `apply_child`. A collective.
+        """Write only ChildTuning-D's child, in Hugging Face names: see [Note: export] in child_files/export.py,
+        and `apply_child`. A collective.
 
         Args:
             path: a folder that every rank sees. A child that it had before is replaced in one instant.

@@ -308,6 +308,33 @@ def test_a_block_is_corrected_without_a_new_process(pool: RankPool, tmp_path: Pa
         check_masked(run, "corrected")
 
 
+def shipped(folder: str, name: str) -> tuple[Run, dict[str, Any]]:
+    """A Trainer with that file and TrainingArguments' own values."""
+    with fresh_accelerate():
+        args = transformers.TrainingArguments(
+            folder, deepspeed=f"ds_configs/{name}", max_steps=2, report_to=[], use_cpu=True
+        )
+        line = ds_childtune.ChildTuningCallback()
+        model = tiny_gpt2()
+        before = whole_weights(model)
+        trainer = transformers.Trainer(model, args, train_dataset=rows(80), callbacks=[line])
+        trainer.train()
+        assert line.child is not None
+        kept = {"zero": line.child.engine.zero_optimization_stage(), **line.child.engine.optimizer.param_groups[0]}
+        return run_of(trainer, line, before), kept
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in Path("ds_configs").glob("*_auto_*.json")))
+def test_a_shipped_config_with_the_trainer_s_values(pool: RankPool, tmp_path: Path, name: str) -> None:
+    for run, kept in pool[2].run(shipped, str(tmp_path), name):
+        assert name.startswith(f"zero{kept['zero']}_")
+        assert kept["initial_lr"] == 5e-5, "TrainingArguments' default"
+        assert run.report.eligible == run.report.model_numel, "every parameter"
+        assert run.report.density == pytest.approx(0.1, abs=0.01)
+        assert run.outside_moved() == 0
+        assert run.inside_moved() > 0.5, "vacuous"
+
+
 class Recorder(transformers.TrainerCallback):
     """What a logger such as TensorBoard's is handed."""
 

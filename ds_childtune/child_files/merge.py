@@ -31,7 +31,9 @@ def merge(
 
     Args:
         base: a saved model, folder or hub name. Of a folder, tokenizer files are copied, too.
+        children: folders that `ChildTuner.export` or `compose` wrote, applied in this order.
         output: a folder that does not exist yet; it appears when it is whole.
+        conflicts: of an element that two children set to different values: "refuse", or "last", which takes the later child's.
 
     Raises:
         ValueError, NotImplementedError, RuntimeError: see `apply_child`; or when `output` exists or cannot be written.
@@ -62,7 +64,11 @@ def compose(
 
     Args:
         base: the saved base model, folder or hub name: the new child's fingerprint needs it.
+        children, conflicts: see `merge`.
         output: a folder.
+
+    Returns:
+        The manifest of the new child, as it is in `output`.
 
     Raises:
         ValueError, NotImplementedError, RuntimeError: see `apply_child`; or when `output` cannot be written.
@@ -121,7 +127,7 @@ def _load(base: str | Path, child: SavedChild) -> Any:
     try:
         import transformers
     except ImportError:
-        raise RuntimeError('expected transformers, got none. Remedy: pip install "ds_childtune[finetune]".') from None
+        raise RuntimeError('expected transformers, got none. Remedy: pip install "ds_childtune[cli]".') from None
     info = ExportInfo.of(child.manifest, child.folder)
     cls: Any = getattr(transformers, info.model_class, None)
     known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)

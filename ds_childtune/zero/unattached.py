@@ -1,10 +1,11 @@
-"""An engine whose config has a "child_tuning" block takes no step without a child.
+"""An engine whose config has a "child_tuning" block takes no step, and loads no checkpoint with a child, without one.
 
 [Note: a block without a child]
 The block is read by `attach`. Without that call DeepSpeed ignores it, as it ignores every key that it does not know, and all
-elements would silently train. So importing ds_childtune does one thing: it makes `DeepSpeedEngine._take_model_step`, which
+elements would silently train. So importing ds_childtune does two things. It makes `DeepSpeedEngine._take_model_step`, which
 every step of every kind of engine calls, check the engine first. The step is taken if the engine has no block, has a child, had one
-and was detached, or has no optimizer, like the reference models of preference tuning.
+and was detached, or has no optimizer, like the reference models of preference tuning. And it makes `load_checkpoint` refuse a
+checkpoint with a child for such an engine, which would lose it.
 
 This is not an `Overrides`: it is never taken back.
 """

@@ -307,7 +307,7 @@ def _print_markdown(rows_: list[list[str]]) -> None:
 
 def _hours(results: Sequence[Options]) -> str:
     hours = sum(r["seconds"]["total"] for r in results) / 3600
-    return f"{len(results)} runs, tuning included, {hours:.1f} hours of run time"
+    return f"{len(results)} runs, {hours:.1f} hours of run time"
 
 
 def forgetting(
