@@ -160,6 +160,11 @@ def raise_together(error: Exception | None) -> None:
     ranks, with_words = (
         [32 * i + bit for i, word in enumerate(row) for bit in range(32) if word >> bit & 1] for row in failed.tolist()
     )
+    if rank not in ranks and error is not None:
+        raise Unanswered(
+            f"[rank {rank}] {_kind_and_text(error)[1]} (What came back from the other ranks was not their answer, so only this rank"
+            " raises: they are probably in a collective of the data loader or the model.)"
+        ) from error
     if not ranks:
         return
     first, others = ranks[0], len(ranks) - 1

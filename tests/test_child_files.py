@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ds_childtune.child_files import fingerprint as fingerprints
 from ds_childtune.child_files.atomic import new_folder
 from ds_childtune.child_files.fingerprint import fingerprint, signed
 from ds_childtune.child_files.format import DTYPES, ChildFileError, Manifest, ParameterEntry, Piece
@@ -213,6 +215,22 @@ def test_shards_add_up_to_one_fingerprint(dtype: torch.dtype) -> None:
     assert signed(sum(shares)) == whole
     everything = fingerprint(values, 0, None)
     assert signed(everything - fingerprint(values, 0, ~inside)) == whole != everything
+
+
+def test_the_fingerprint_of_the_format() -> None:
+    """Numbers that files in the world have."""
+    values = torch.arange(70_000).float()
+    assert fingerprint(values, 0, None) == -697400044675402240
+    assert fingerprint(values[10:], 10, values[10:] % 3 == 0) == 103221346447316480
+
+
+@pytest.mark.parametrize("tile", [1, 2, 3])
+def test_a_fingerprint_is_the_same_however_much_is_worked_on_at_once(tile: int) -> None:
+    values = torch.randn(8 * 32_768 + 5, generator=torch.Generator().manual_seed(0))
+    for start in (0, 1, 32_768):
+        expected = fingerprint(values, start, None)
+        with mock.patch.object(fingerprints, "tile_of", return_value=tile * 32_768):
+            assert fingerprint(values, start, None) == expected
 
 
 def test_a_fingerprint_sees_every_bit_and_every_place() -> None:

@@ -497,6 +497,24 @@ def test_no_rank_waits_for_ever_for_one_that_waits_for_it(pool: RankPool) -> Non
     assert "ds_childtune" not in second[2]
 
 
+def an_answer_that_is_not_the_others() -> tuple[str, str]:
+    """NCCL may end two different collectives that meet, with numbers of neither."""
+
+    def garbled(failed: Any) -> bool:
+        failed.zero_()
+        return True
+
+    with mock.patch.object(ranks, "_all_reduce_in_time", garbled), pytest.raises(RuntimeError) as error:
+        ranks.raise_together(ValueError("rows of different length"))
+    return error.type.__name__, str(error.value)
+
+
+def test_an_error_is_not_lost_in_another_collective(pool: RankPool) -> None:
+    for kind, text in pool[2].run(an_answer_that_is_not_the_others):
+        assert kind == "Unanswered"
+        assert "rows of different length" in text
+
+
 class FullStore:
     """torch's store where it takes nothing more, as one in a file on a full disk."""
 

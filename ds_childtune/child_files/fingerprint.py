@@ -10,10 +10,13 @@ A key is the product of one for the place in a tile and one for the tile, so tha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from ds_childtune.child.tiles import tile_of
 
 _TILE = 1 << 15
 """Elements of a parameter whose int64 temporaries fit into cache. Part of the format."""
@@ -36,18 +39,27 @@ def fingerprint(values: Tensor, start: int, inside: Tensor | None) -> int:
         values: 1-D, the parameter's elements from `start` on.
         inside: bool like `values`, True = inside the child, left out; None leaves out nothing.
     """
-    result = first = 0
-    while first < values.numel():
-        tile, offset = divmod(start + first, _TILE)
-        end = min(first + _TILE - offset, values.numel())
-        found = bits(values[first:end])
+    device = values.device
+    result = torch.zeros((), dtype=torch.int64, device=device)
+    for first, last in _parts(start, start + values.numel(), tile_of(device)):
+        found = bits(values[first - start : last - start])
         if inside is not None:
-            found = found.masked_fill(inside[first:end], 0)
-        keys = _keys(values.device)[offset : offset + end - first]
+            found = found.masked_fill(inside[first - start : last - start], 0)
+        tile, offset = divmod(first, _TILE)
+        tiles = -(-(last - first) // _TILE)
+        sums = (found.view(tiles, -1) * _keys(device)[offset : offset + found.numel() // tiles]).sum(1)
         # Other numbers than `_keys` mixes: the product must differ for place 1 of tile 0 and place 0 of tile 1.
-        result += int((found * keys).sum()) * (int(_mixed(torch.tensor(-1 - tile))) | 1)
-        first = end
-    return signed(result)
+        result += (sums * (_mixed(-1 - torch.arange(tile, tile + tiles, device=device)) | 1)).sum()
+    return int(result)
+
+
+def _parts(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    """Parts of a tile at both ends, and between them as many whole tiles at once as have `size` elements."""
+    while start < end:
+        whole = 0 if start % _TILE else (end - start) // _TILE * _TILE
+        last = start + min(whole, size) if whole else min(start - start % _TILE + _TILE, end)
+        yield start, last
+        start = last
 
 
 def signed(number: int) -> int:

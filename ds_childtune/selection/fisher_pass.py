@@ -151,7 +151,7 @@ class FisherPass:
             self._pending.append((name, start, sums.clone()))
 
     def _end_micro_batch(self, round_: Round) -> None:
-        """Check what the ranks have summed. A collective; the one moment of a micro-batch at which the host waits for the device."""
+        """Check what the ranks have summed. A collective, for whose result the host waits."""
         compared = mixes_gradients(self._engine) and (round_.own or self._hands_on)
         digest = _digest(self._reduction.taken) if compared else None
         extremes = [digest, -digest] if digest is not None else [-(1 << 62)] * 2

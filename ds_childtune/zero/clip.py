@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from ds_childtune.child.network import FixedChild
@@ -88,6 +89,10 @@ class NormOfChild:
 
     def _mask_offloaded(self) -> None:
         optimizer = self._optimizer
+        if not get_accelerator().resolves_data_dependency():
+            # The host reads pinned gradients that may still be on their way: without managed gradient accumulation `engine.step`
+            # begins these copies, and only DeepSpeed's norm, which this one replaces, waits for them.
+            get_accelerator().current_stream().synchronize()
         for shard in self._shards:
             gradient = shard.flat_grad()
             if gradient is not None:
