@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import ds_childtune
+from ds_childtune.zero import clip
 from tests.support import reference
 from tests.support.compact_runs import parts_of
 from tests.support.engines import Optimizer, Setup, Weights, engine_of, master_weights, train_step
@@ -135,6 +137,34 @@ def test_a_fisher_pass_sees_whole_gradients(pool: RankPool, name: str) -> None:
     for first, second in pool[2].run(selected_twice, SETUPS[name], "dense"):
         assert all(torch.equal(first[n], second[n]) for n in first)
         assert any((~mask).any() for mask in first.values()), "vacuous"
+
+
+def waits_and_masks(setup: Setup) -> list[str]:
+    """What a step does before its norm: waits for the device, masks a gradient."""
+    events: list[str] = []
+    with engine_of(setup) as engine:
+        child = attached(engine, "dense", "child", "random")
+        child.select()
+        network = child._hooks.child
+        mask = network.mask_gradient_
+
+        def noted(*args: Any) -> None:
+            events.append("mask")
+            mask(*args)
+
+        with (
+            mock.patch.object(clip, "wait_for_this_stream", side_effect=lambda: events.append("wait")),
+            mock.patch.object(network, "mask_gradient_", noted),
+        ):
+            train_step(engine, deal(step_batches(setup, 0), dist.get_rank(), 2))
+        child.detach()
+    return events
+
+
+def test_the_host_waits_for_offloaded_gradients_before_it_masks_them(pool: RankPool) -> None:
+    """They may still be on their way from a device, which no CPU shows."""
+    for events in pool[2].run(waits_and_masks, SETUPS["zero3-offload"]):
+        assert events.index("wait") < events.index("mask")
 
 
 def test_without_clipping_gradients_are_compact_unless_the_config_says_dense(pool: RankPool) -> None:

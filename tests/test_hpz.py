@@ -16,6 +16,8 @@ import torch.distributed as dist
 from deepspeed.utils import groups
 
 import ds_childtune
+from ds_childtune.zero import secondary_copies
+from ds_childtune.zero.child_masks import ParameterChild
 from ds_childtune.zero.secondary_copies import SecondaryCopies
 from tests.support.compact_runs import BASE, share
 from tests.support.engines import Setup, Weights, engine_of, model_weights, on_device, train_step
@@ -96,6 +98,34 @@ def test_copies_that_took_nothing_would_be_seen(pool: RankPool) -> None:
     setup, block = CASES["compact"]
     [expected, *_], [got, *_] = (pool[4].run(life, setup, block, 2, broken) for broken in (False, True))
     assert not any(same(expected[:-1], got[:-1]))
+
+
+def puts_and_waits(setup: Setup, node: int) -> list[str]:
+    """What a step does with the copies."""
+    events: list[str] = []
+    put = ParameterChild.put
+
+    def noted(self: ParameterChild, *args: Any) -> None:
+        events.append("put")
+        put(self, *args)
+
+    with engine_with(setup, node) as engine:
+        child = ds_childtune.attach(engine, COMPACT)
+        child.select()
+        with (
+            mock.patch.object(secondary_copies, "wait_for_this_stream", side_effect=lambda: events.append("wait")),
+            mock.patch.object(ParameterChild, "put", noted),
+        ):
+            train(engine, setup, 0, steps=1)
+        child.detach()
+    return events
+
+
+def test_the_host_waits_until_new_weights_are_in_the_copies(pool: RankPool) -> None:
+    """The next forward pass gathers them on another stream of a device, which no CPU shows."""
+    for events in pool[4].run(puts_and_waits, SETUP, 2):
+        assert "put" in events
+        assert events[-1] == "wait"
 
 
 def test_one_node(pool: RankPool) -> None:

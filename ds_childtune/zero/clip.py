@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from ds_childtune.child.network import FixedChild
@@ -24,6 +23,7 @@ from ds_childtune.child.tiles import tile_of
 from ds_childtune.shards import FlatShard
 from ds_childtune.zero.engine import Wrapper, is_offloaded, wrapper_of
 from ds_childtune.zero.overrides import Overrides
+from ds_childtune.zero.streams import wait_for_this_stream
 
 
 def refuse_unsupported_clip(engine: Any) -> None:
@@ -89,10 +89,9 @@ class NormOfChild:
 
     def _mask_offloaded(self) -> None:
         optimizer = self._optimizer
-        if not get_accelerator().resolves_data_dependency():
-            # The host reads pinned gradients that may still be on their way: without managed gradient accumulation `engine.step`
-            # begins these copies, and only DeepSpeed's norm, which this one replaces, waits for them.
-            get_accelerator().current_stream().synchronize()
+        # The host reads pinned gradients that may still be on their way: without managed gradient accumulation `engine.step` begins
+        # these copies, and only DeepSpeed's norm, which this one replaces, waits for them.
+        wait_for_this_stream()
         for shard in self._shards:
             gradient = shard.flat_grad()
             if gradient is not None:

@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
 
 from ds_childtune.child.child_shard import ChildShard
 from ds_childtune.zero.child_masks import ParameterChild
 from ds_childtune.zero.overrides import Overrides
+from ds_childtune.zero.streams import wait_for_this_stream
 
 
 def copies_across_nodes(params: Sequence[Any]) -> bool:
@@ -86,9 +86,8 @@ class SecondaryCopies:
             # None: not filled since it was dropped. Quantized: of a parameter that does not train.
             if copy is not None and not hasattr(copy, "ds_quant_scale"):
                 child.put(copy, self._first, values)
-        if not get_accelerator().resolves_data_dependency():
-            # The next forward pass gathers the copies on a stream that does not wait for this one. DeepSpeed waits likewise.
-            get_accelerator().current_stream().synchronize()
+        # The next forward pass gathers the copies on a stream that does not wait for this one. DeepSpeed waits likewise.
+        wait_for_this_stream()
 
 
 def _nothing() -> None:
