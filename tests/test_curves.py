@@ -129,6 +129,40 @@ def test_contrasts_are_paired_and_corrected() -> None:
     assert "ChildTuning-D p=.05 - LoRA r=16" not in rows, "LoRA r=16 does not get to 80 %"
 
 
+def test_the_correction_is_over_all_four_contrasts() -> None:
+    """Also where one has no pairs: else a missing arm would make the others more significant."""
+    runs = curves.runs_of(LM, example())
+    pairs = [verdicts.forgetting(runs, m) for m in ("contrast p=.05", "full")]
+    by_itself = verdicts.p_value([pairs[0][seed] - pairs[1][seed] for seed in (1, 2, 3)])
+    assert len(verdicts.adjusted_p(runs)) == 3
+    del runs["ChildTuning-D p=.05"]
+    assert verdicts.adjusted_p(runs) == {("contrast p=.05", "full"): pytest.approx(4 * by_itself)}
+
+
+def test_the_secondary_figures() -> None:
+    """In the example Brown's and the answers' NLL are BBC's, and the KL is 0."""
+    runs = curves.runs_of(LM, example())
+    first = verdicts.contrasts(runs)[1]
+    name, pairs, brown, answers, kl = verdicts.secondary(runs)[1]
+    assert [name, pairs] == first[:2]
+    assert brown == answers == f"{first[2]} ({first[3]})"
+    assert kl == "+0.000 (+0.000 .. +0.000)"
+
+
+@pytest.mark.parametrize("method", ["ChildTuning-D p=.1", "ChildTuning-D p=.05", "contrast p=.05"])
+def test_a_claim_does_not_stand_on_a_run_that_has_diverged(method: str) -> None:
+    lines = example()
+    for r in lines:
+        if (r["method"], r["seed"]) == (method, 3):
+            r["metrics"] = {"loss": float("nan")}
+            r["curve"] = [point | {"metrics": r["metrics"]} for point in r["curve"]]
+    said = verdicts.verdicts(curves.runs_of(LM, lines))
+    of_method = [line for line in said if method in line or (method[0] == "c" and "contrast" in line)]
+    of_method += said[:1] if method.endswith("p=.1") else []
+    assert of_method
+    assert all(line.endswith(": REFUTED.") or "Undecided" in line for line in of_method), of_method
+
+
 def test_verdicts_follow_the_protocol() -> None:
     """A child that forgets .1 less is not refuted, one that forgets .01 less is; below three seeds nothing is decided."""
     gap, lora, large, forgets, control = verdicts.verdicts(curves.runs_of(LM, example()))

@@ -288,24 +288,31 @@ def test_part_b_by_hand() -> None:
         "vanilla 1e-4": {"method": "plain", "lr": 1e-4},
         "vanilla 3e-4": {"method": "plain", "lr": 3e-4},
         "D 3e-4": {"method": "ChildTuning-D", "reserve_p": 0.3, "lr": 3e-4},
+        "D 1e-4": {"method": "ChildTuning-D", "reserve_p": 0.3, "lr": 1e-4},
     }
-    of = grid(tasks={"t": SENTENCES | {"failed_at": 0.5}}, methods=methods, seeds=[1, 2, 3, 4])
+    of = grid(tasks={"t": SENTENCES | {"failed_at": 0.5}}, methods=methods, seeds=[1, 2, 3, 4, 5, 6])
     scores = {
         "vanilla 1e-4": [0.7, 0.8],
-        "vanilla 3e-4": [0.5, 0.9, 0.4, 0.8],
-        "D 3e-4": [0.7, 0.71, 0.72, float("nan")],
+        "vanilla 3e-4": [0.5, 0.9, 0.4, 0.8, 0.65],
+        "D 3e-4": [0.7, 0.71, 0.72, 0.70, 0.72, float("nan")],
+        "D 1e-4": [0.6, 0.6],
     }
     lines = [
         line(of, study_grid.Job("t", m, i + 1, methods[m]["lr"]), s) | {"also": {"flipped": {"accuracy": 0.25}}}
         for m, of_seeds in scores.items()
         for i, s in enumerate(of_seeds)
     ]
-    low, high, child = study_regime.rows(of, [r for r in lines if r["metrics"]["accuracy"] == r["metrics"]["accuracy"]])
+    finite = [r for r in lines if r["metrics"]["accuracy"] == r["metrics"]["accuracy"]]
+    low, high, child, few = study_regime.rows(of, finite)
     assert low == ["t (accuracy)", "all", "vanilla 1e-4", "2", "75.00 ± 7.07", "0", "", "", "", "", "25.00 ± 0.00"]
-    assert high[3:6] == ["4", "65.00 ± 23.80", "2"]
-    assert child[3:8] == ["3", "71.00 ± 1.00", "0", "3", "+11.00"]
-    # Distances from the medians, 65 and 71: 15, 25, 25, 15 and 1, 0, 1.
-    assert float(child[9]) == pytest.approx(_one_way([15, 25, 25, 15], [1, 0, 1]), abs=1e-3)
+    assert high[3:6] == ["5", "65.00 ± 20.62", "2"]
+    assert child[3:8] == ["5", "71.00 ± 1.00", "0", "5", "+6.00"]
+    # Distances from the medians, 65 and 71: 15, 25, 25, 15, 0 and 1, 0, 1, 1, 1.
+    assert float(child[9]) == pytest.approx(_one_way([15, 25, 25, 15, 0], [1, 0, 1, 1, 1]), abs=1e-3)
+    assert few[6:] == ["2", "-15.00", "", "", "25.00 ± 0.00"], (
+        "two pairs have no interval, and few runs no test of spread"
+    )
+    assert study_regime.equal_spread([-1, 0, 1], [0, 0, 0]) > 0.1, "three runs cannot show a difference"
     assert study_regime.rows(of, lines)[2][5] == "1", "a run that has diverged has failed"
 
 

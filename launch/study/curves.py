@@ -171,7 +171,8 @@ def reached(values: Sequence[float | None]) -> str:
 
 
 def draw(grid: Grid, runs: Runs, path: Path) -> None:
-    """Left: general against task NLL, one line an arm (mean of seeds). Right: what is learnt, against bytes of trainable state."""
+    """Left: general against task NLL, one line an arm (mean of seeds). Right: what is learnt, against bytes of trainable state, and
+    against bytes that a rank sends in a step."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -179,20 +180,27 @@ def draw(grid: Grid, runs: Runs, path: Path) -> None:
 
     if FULL not in runs:
         raise ValueError("expected results of reported seeds to draw, found none. Remedy: run the grid on.")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
+    figure, axes = plt.subplot_mosaic([["left", "state"], ["left", "sent"]], figsize=(14, 7), layout="constrained")
+    left = axes["left"]
     colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
     for i, method in enumerate(m for m in grid.methods if m in runs):
         of = runs[method]
         mean = np.mean([run.curve("bbc") for run in of.values()], axis=0)
         left.plot(mean[:, 0], mean[:, 1], ".-", color=colours[i], label=f"{method} ({len(of)})")
-        whole = runs[FULL][next(iter(of))].result["trainable"]
-        x = bytes_of(next(iter(of.values()))) / whole
-        right.plot([x] * len(of), [run.learnt for run in of.values()], "o", color=colours[i], alpha=0.6)
-        right.annotate(method, (x, np.mean([run.learnt for run in of.values()])), fontsize=7)
+        one = next(iter(of.values()))
+        whole = runs[FULL][one.job.seed].result["trainable"]
+        learnt = [run.learnt for run in of.values()]
+        for name, bytes_ in (("state", bytes_of(one)), ("sent", sent_bytes(one.result))):
+            axes[name].plot([bytes_ / whole] * len(of), learnt, "o", color=colours[i], alpha=0.6)
+            axes[name].annotate(method, (bytes_ / whole, np.mean(learnt)), fontsize=6)
     left.axvline(np.mean([level_of(run) for run in runs[FULL].values()]), color="grey", linewidth=0.7, linestyle=":")
     left.invert_xaxis()
     left.set(xlabel="R8 NLL (learning goes to the right)", ylabel="BBC NLL")
     left.legend(fontsize=7)
-    right.set(xscale="log", xlabel="trainable state, bytes a parameter of the model", ylabel="R8 NLL at the end")
+    for name, what in (("state", "trainable state"), ("sent", "sent by a rank in a step")):
+        axes[name].set(xscale="log", xlabel=f"{what}, bytes a parameter of the model", ylabel="R8 NLL at the end")
+        axes[name].set_xticks(ticks := [0.25, 0.5, 1, 2, 4, 8, 16], [f"{tick:g}" for tick in ticks])
+        axes[name].set(xlim=(0.18, 32))
+        axes[name].minorticks_off()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -319,7 +319,7 @@ def forgetting(
     grid = read_grid(grid_file)
     results = read_results(results_file, grid)
     runs = curves.runs_of(grid, results)
-    for rows_ in (curves.table(grid, runs), verdicts.contrasts(runs)):
+    for rows_ in (curves.table(grid, runs), verdicts.contrasts(runs), verdicts.secondary(runs)):
         _print_markdown(rows_)
         print()
     print("\n".join(f"- {line}" for line in verdicts.verdicts(runs)))
