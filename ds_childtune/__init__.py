@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_childtune._version import __version__
 from ds_childtune._versions import SUPPORTED as _SUPPORTED  # noqa: F401 # checks them, before DeepSpeed is imported
+from ds_childtune.child.step_numbers import StepNumbers
 from ds_childtune.child_files.apply import AppliedChild, apply_child
 from ds_childtune.child_files.format import ChildFileError
 from ds_childtune.child_files.merge import compose, merge
@@ -16,6 +17,7 @@ from ds_childtune.child_files.reader import SavedChild, open_child
 from ds_childtune.config import ChildTuningConfig, FisherConfig
 from ds_childtune.ranks import limit_waits
 from ds_childtune.report import ParameterReport, Report
+from ds_childtune.selection.fisher import Fisher
 from ds_childtune.tuner import ChildTuner, attach
 from ds_childtune.zero.compact_parts import can_start_lean
 from ds_childtune.zero.lean_start import lean_start
@@ -31,10 +33,12 @@ __all__ = [
     "ChildTuner",
     "ChildTuningCallback",
     "ChildTuningConfig",
+    "Fisher",
     "FisherConfig",
     "ParameterReport",
     "Report",
     "SavedChild",
+    "StepNumbers",
     "__version__",
     "apply_child",
     "attach",

@@ -91,7 +91,12 @@ class FlatShard:
 
     def flat_grad(self) -> Tensor | None:
         """1-D view of the gradient, or None when there is none in this step."""
-        return None if self.tensor.grad is None else self.tensor.grad.detach().view(-1)
+        grad = self.tensor.grad
+        if grad is None:
+            return None
+        if grad.is_sparse:  # without ZeRO, as of nn.Embedding(sparse=True); a mask is of all elements
+            self.tensor.grad = grad = grad.to_dense()
+        return grad.detach().view(-1)
 
 
 def mark_eligible(shards: Iterable[FlatShard], names: frozenset[str]) -> tuple[FlatShard, ...]:

@@ -223,6 +223,8 @@ class StepHooks:
         if self._fixed is not None:
             self._fixed.release()
         self._take_back_overrides()
+        self._child = self._fixed = self._self_check = None  # it is large
+        self._shard_of = {}
         if self._finite_check is not None:
             self._finite_check.end()
         for handle in self._handles:
@@ -390,4 +392,5 @@ def _checking_before_forward(hooks: StepHooks) -> Callable[..., None]:
         if hooks is not None and module is hooks.module:
             hooks.check_before_forward()
 
-    return check
+    # Traced, it would change the optimizer: dynamo makes param groups "capturable" when it reads them.
+    return torch.compiler.disable(check)  # type: ignore[no-any-return]

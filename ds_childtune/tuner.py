@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
@@ -128,8 +129,8 @@ class ChildTuner:
         self.config = config = attachment.config
         self._hooks = StepHooks(attachment)
         self._checkpoints = Checkpoints(attachment, self._hooks)
-        self._selected: tuple[ChildNetwork, Report] | None = None
-        """The last child that `select` chose, and what it reported of it."""
+        self._selected: tuple[weakref.ref[ChildNetwork], Report] | None = None
+        """The last child that `select` chose, and what it reported of it. A child that has been replaced is large."""
         self._attached = True
         engine.child_tuner = self
         tell(str(attachment))
@@ -139,7 +140,8 @@ class ChildTuner:
 
     @property
     def step(self) -> int:
-        """Applied optimizer steps since `attach`; steps that DeepSpeed skips for an overflow do not count."""
+        """Applied optimizer steps since `attach`, or since the run began whose checkpoint was loaded; steps that DeepSpeed skips for
+        an overflow do not count."""
         return self._hooks.progress.step
 
     @property
@@ -199,12 +201,19 @@ class ChildTuner:
             fisher: what `estimate_fisher` has returned.
 
         Raises:
-            ValueError: for a name that no eligible parameter has.
+            ValueError: for a name that no eligible parameter has, or whose parameter was frozen then.
         """
         name = self.attachment.eligible_name(name)
+        with raising_together():
+            if name not in fisher.names:
+                raise ValueError(
+                    f"gather_fisher: expected a parameter that trained when the Fisher information was estimated, got {name!r}."
+                    " Remedy: thaw it, and call estimate_fisher again."
+                )
+        shards = mark_eligible(self.attachment.shards, fisher.names)
         values = [
             (f, total.float() / fisher.terms)
-            for shard, sums in zip(self.attachment.trainable_shards(), fisher.sums, strict=True)
+            for shard, sums in zip(shards, fisher.sums, strict=True)
             for f, total in zip(shard.eligible, sums, strict=True)
             if f.name == name
         ]
@@ -255,7 +264,7 @@ class ChildTuner:
         with raising_together():
             self._check_attached()
             self._check_between_steps("select", self._waits)
-            check_arguments(batches, against, masks, child, unnamed)
+            check_arguments(batches, against, masks, child, unnamed, loss_fn)
         check_same(must_be_alike(masks, child, unnamed), "select", "pass the same on every rank")
         self._check_some_are_open()
         if masks is not None or child is not None:
@@ -280,7 +289,7 @@ class ChildTuner:
             experts=experts.total,
             unreached_experts=experts.unreached,
         )
-        self._selected = (self._hooks.chosen_child(), report)
+        self._selected = (weakref.ref(self._hooks.chosen_child()), report)
         tell(str(report))
         write_events(self.engine, report.numbers())
         return report
@@ -294,13 +303,13 @@ class ChildTuner:
         shapes = self.attachment.parameters.shapes
         if masks is not None:
             with raising_together():
-                found = match_names(masks, trainable, shapes.keys())
+                found = match_names(masks, trainable, self.attachment.parameters.aliases)
             self._fix(given_masks(shards, found, shapes, unnamed), None, 0)
         else:
             assert child is not None
             self._fix(saved_masks(find_child(Path(child)), shards, shapes, unnamed), None, 0)
         report = replace(self._report_of(self._hooks.kept), selection_seconds=time.perf_counter() - started)
-        self._selected = (self._hooks.chosen_child(), report)
+        self._selected = (weakref.ref(self._hooks.chosen_child()), report)
         tell(str(report))
         write_events(self.engine, report.numbers())
         return report
@@ -425,6 +434,11 @@ class ChildTuner:
 
     def _exportable(self, what: str) -> ChildNetwork:
         """The child, outside of which nothing has moved. Raises NotImplementedError, see `export`."""
+        if not self._attached:
+            raise RuntimeError(
+                f"{what}: expected a child that is attached, as plain steps may have moved other elements since detach(). Remedy:"
+                " export before detach()."
+            )
         child = self._hooks.chosen_child()
         refuse_moved_outside(what, self.config.mode, self.config.compat, self._hooks.progress.earlier_children)
         return child
@@ -439,8 +453,9 @@ class ChildTuner:
 
         Raises:
             ValueError: on every rank, for a name that the model does not have.
-            RuntimeError: on every rank, before `select`.
+            RuntimeError: on every rank, before `select` and after `detach`.
         """
+        self._check_attached()
         first = self.attachment.first_name(name)
         child = self._hooks.chosen_child()
         parameters = self.attachment.parameters
@@ -453,9 +468,13 @@ class ChildTuner:
         """Eligible and kept elements and density, per parameter and in total. A collective.
 
         For ChildTuning-F, those of the mask that the next applied step will use.
+
+        Raises:
+            RuntimeError: on every rank, before `select` and after `detach`.
         """
+        self._check_attached()
         child = self._hooks.chosen_child()
-        if self._selected is not None and self._selected[0] is child:
+        if self._selected is not None and self._selected[0]() is child:
             return self._selected[1]
         if child.fixed:
             return self._report_of(self._hooks.kept)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import pickle
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,53 @@ def test_saved_with_moments_before_a_child_is_chosen(pool: RankPool, stage: int,
     """In fp32, where attaching makes masters views of the parameters."""
     for went_on, loaded in pool[2].run(before_a_child_is_chosen, replace(ALL_COMPACT, stage=stage), str(tmp_path)):
         assert equal_bits(went_on, loaded)
+
+
+def child_before_a_load(folder: str, block: dict[str, Any], stage: int) -> tuple[bool, bool]:
+    """Whether the child that trained before a load, and the one that trained before `detach`, are still in memory."""
+    alive = []
+    setup = replace(ALL_COMPACT, stage=stage)
+    with engine_of(setup) as engine:
+        child = ds_childtune.attach(engine, block | {"selector": "random"})
+        child.select()
+        train(engine, setup, 0, 1)
+        engine.save_checkpoint(folder)
+        for end in (lambda: engine.load_checkpoint(folder), child.detach):
+            before = weakref.ref(child._hooks.child)
+            end()
+            gc.collect()
+            alive.append(before() is not None)
+    return alive[0], alive[1]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_child_that_is_gone_takes_no_memory(pool: RankPool, stage: int, tmp_path: Any) -> None:
+    """As with load_best_model_at_end: it is as large as the one that takes its place."""
+    for block in (BLOCKS["D"], COMPACT):
+        folder = str(tmp_path / block.get("optimizer_state", "dense"))
+        assert pool[2].run(child_before_a_load, folder, block, stage) == [(False, False)] * 2
+
+
+def only_weights(folder: str) -> tuple[int, int, bool]:
+    """Steps of a ChildTuning-F run, and of one that loads its weights without moments; whether the next masks are the same."""
+    found, masks = [], []
+    setup = Setup("gpt2", stage=2)
+    for loads in (False, True):
+        with engine_of(setup) as engine:
+            child = ds_childtune.attach(engine, {"mode": "ChildTuning-F", "reserve_p": 0.3})
+            if loads:
+                engine.load_checkpoint(folder, load_optimizer_states=False)
+            else:
+                train(engine, setup, 0, 3)
+                engine.save_checkpoint(folder)
+            found.append(child.step)
+            masks.append(child.gather_mask("transformer.wte.weight"))
+    return found[0], found[1], torch.equal(*masks)
+
+
+def test_task_free_masks_go_on_after_a_load_of_weights_only(pool: RankPool, tmp_path: Any) -> None:
+    """DeepSpeed's count of steps goes on, too: the masks of the first steps do not come again."""
+    assert pool[2].run(only_weights, str(tmp_path)) == [(3, 3, True)] * 2
 
 
 def out_of_memory_on_one_rank(setup: Setup, folder: str, where: str) -> tuple[str, bool]:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import ds_childtune
+from ds_childtune.selection.loss import default_loss
 from tests.support.engines import Setup, Weights, engine_of, model_weights, train_step
 from tests.support.models import batches, build, deal
 from tests.support.ranks import RankPool
@@ -68,6 +69,8 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], Weights]]] = {
         lambda: expected(of=mlp_third_others_whole),
     ),
     "a tensor": ({"masks": {EMBEDDING: every_third(shapes()[EMBEDDING])}}, lambda: expected(of=embedding_third)),
+    "a tied parameter's other name": ({"masks": {"lm_head.weight": ROWS}}, lambda: expected(ROWS)),
+    "or a pattern for it": ({"masks": {"lm_head*": ROWS}}, lambda: expected(ROWS)),
     "a name goes before a pattern": (
         {"masks": {"*": every_third, EMBEDDING: ROWS}},
         lambda: expected(of=lambda n, s: expected(ROWS)[n] if n == EMBEDDING else every_third(s)),
@@ -244,6 +247,10 @@ def refusals(setup: Setup, folder: str) -> list[tuple[str, str]]:
             "shape": {"masks": {"*.mlp.*": torch.ones(3, dtype=torch.bool)}},
             "rows": {"masks": {"*.c_fc.weight": [10**6]}},
             "floats": {"masks": {"*.c_fc.weight": torch.ones(3)}},
+            "a list of bools": {"masks": {"*.c_fc.bias": [True, False]}},
+            "bytes": {"masks": {"*.c_fc.bias": torch.ones(3, dtype=torch.uint8)}},
+            "a loss": {"masks": {"*": "nonzero"}, "loss_fn": default_loss},
+            "unnamed without masks": {"batches": [1], "unnamed": "dense"},
             "word": {"masks": {"*": "zero"}},
             "no folder": {"child": folder + "/none"},
         }
@@ -252,6 +259,10 @@ def refusals(setup: Setup, folder: str) -> list[tuple[str, str]]:
                 child.select(**arguments)
             said.append((name, str(error.value)))
             assert not child.chosen
+        bias = child.attachment.parameters.shapes["transformer.h.0.mlp.c_fc.bias"].numel()
+        third = [i % 3 == 0 for i in range(bias)]
+        child.select(masks={"*.c_fc.bias": torch.tensor(third).bool()})
+        assert child.gather_mask("transformer.h.0.mlp.c_fc.bias").tolist() == third
         child.select(masks={"*": "nonzero"})
         train_step(engine, share(4, seed=0))
     return said
@@ -267,6 +278,10 @@ def test_wrong_masks_are_refused(pool: RankPool, tmp_path: Path) -> None:
         "shape": "(3,)",
         "rows": "expected rows from 0 to",
         "floats": "row numbers",
+        "a list of bools": "torch.tensor(mask).bool()",
+        "bytes": "torch.tensor(mask).bool()",
+        "a loss": "no loss_fn with masks",
+        "unnamed without masks": "child_tuning.exclude",
         "word": '"nonzero"',
         "no folder": "child.export was given",
     }

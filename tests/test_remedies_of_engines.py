@@ -15,11 +15,12 @@ from typing import Any
 
 import deepspeed
 import pytest
+import torch
 import torch.distributed as dist
 
 import ds_childtune
 from tests.support.engines import Setup, engine_of, master_weights, train_step
-from tests.support.models import Batch, batches, deal
+from tests.support.models import Batch, batches, build, deal
 from tests.support.ranks import RankPool
 from tests.support.reference import distance
 
@@ -168,6 +169,56 @@ def refreshed(engine: Any) -> None:
     ds_childtune.attach(engine, F)
 
 
+def export_after_detach(engine: Any) -> None:
+    child = ds_childtune.attach(engine, RANDOM)
+    child.select()
+    train_step(engine, mine(2))
+    child.detach()
+    with shared_folder() as folder:
+        child.export(folder / "child")
+
+
+def export_before_detach(engine: Any) -> None:
+    child = ds_childtune.attach(engine, RANDOM)
+    child.select()
+    with shared_folder() as folder:
+        child.export(folder / "child")
+
+
+def compiled_before(engine: Any) -> None:
+    model = torch.compile(build("odd"), backend="eager")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    other, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=ODD.config())
+    try:
+        ds_childtune.attach(other, D)
+    finally:
+        other.destroy()
+
+
+def compiled_after(engine: Any) -> None:
+    engine.compile(backend="eager")
+    chosen(D)(engine)
+
+
+def frozen_later(engine: Any) -> None:
+    child = ds_childtune.attach(engine, D)
+    engine.module.blocks[0].back.weight.requires_grad_(False)
+    fisher = child.estimate_fisher(mine())
+    for name in ("blocks.1.back.weight", "blocks.0.back.weight"):
+        child.gather_fisher(fisher, name)
+
+
+def estimated_again(engine: Any) -> None:
+    child = engine.child_tuner
+    engine.module.blocks[0].back.weight.requires_grad_(True)
+    fisher = child.estimate_fisher(mine())
+    # What is frozen now makes no difference to what was estimated.
+    engine.module.blocks[1].back.weight.requires_grad_(False)
+    for name in ("blocks.1.back.weight", "blocks.0.back.weight"):
+        assert child.gather_fisher(fisher, name).any()
+    child.select(mine())
+
+
 def lean(**changes: Any) -> Setup:
     return replace(Setup("odd", stage=3, lean=True, zero_init=True), **changes)
 
@@ -200,6 +251,11 @@ CASES: dict[str, Case] = {
     ),
     "no child yet": Case(step_without_a_child, ("child.select(",), lambda engine: engine.child_tuner.select(mine())),
     "detached": Case(after_detach, ("call attach(engine) again",), chosen(D)),
+    "export after detach": Case(export_after_detach, ("export before detach()",), export_before_detach),
+    "compiled before": Case(
+        compiled_before, ("torch.compile has wrapped", "engine.compile() afterwards"), compiled_after
+    ),
+    "Fisher information of a frozen one": Case(frozen_later, ("thaw it", "estimate_fisher again"), estimated_again),
     "all frozen": Case(freeze_all, ("all frozen", "requires_grad_(True)"), thaw_some),
     "a name": Case(wrong_name, ("'blocks.0.gains'", "blocks.0.gain"), close_name),
     "export": Case(export_of_a_task_free_child, ("save_16bit_model",), save_the_whole_model),

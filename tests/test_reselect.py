@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -412,6 +413,25 @@ def gradients_after_a_step_that_failed() -> tuple[bool, bool]:
 
 def test_a_step_that_failed_leaves_the_parameters_to_the_optimizer(pool: RankPool) -> None:
     assert pool[2].run(gradients_after_a_step_that_failed) == [(True, False)] * 2
+
+
+def again_beside_an_outsider(stage: int) -> bool:
+    """Two selections with a step between, where a trainable parameter is not in the optimizer, which never clears its gradient."""
+    setup = replace(BASE, stage=stage, bf16=True, accumulation=1)
+    model = build(setup.family)
+    *held, outsider = model.parameters()
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=held, config=setup.config())
+    child = ds_childtune.attach(engine, {"mode": "ChildTuning-D", "reserve_p": P, "selector": "random"})
+    child.select()
+    train_step(engine, share(batches(setup.family, 2, seed=1)))
+    waits = outsider.grad is not None
+    child.select()
+    engine.destroy()
+    return waits
+
+
+def test_a_gradient_outside_the_optimizer_does_not_wait_for_a_step(pool: RankPool) -> None:
+    assert pool[2].run(again_beside_an_outsider, 0) == [True, True], "vacuous: there is no such gradient"
 
 
 def put_in_place_half_way(stage: int, folder: str) -> tuple[list[str], list[Weights]]:

@@ -39,6 +39,19 @@ def base_optimizer(shard: FlatShard) -> torch.optim.Optimizer:
     return torch.optim.SGD([shard.tensor], lr=1.0)
 
 
+def test_a_sparse_gradient_is_seen_whole() -> None:
+    """Without ZeRO nn.Embedding(sparse=True) has one; a mask that acts on a copy would act on nothing."""
+    embedding = torch.nn.Embedding(5, 2, sparse=True)
+    embedding(torch.tensor([1, 3, 3])).sum().backward()
+    shard = FlatShard(embedding.weight, (Fragment("p", 0, 0, 10),))
+    grad = shard.flat_grad()
+    assert grad is not None
+    assert grad.tolist() == [0, 0, 1, 1, 0, 0, 2, 2, 0, 0]
+    grad.zero_()
+    assert embedding.weight.grad is not None
+    assert not embedding.weight.grad.any()
+
+
 @given(masked_layouts())
 def test_a_child_shard_holds_the_masked_elements_of_fragments(case: tuple[FlatShard, torch.Tensor]) -> None:
     shard, mask = case

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,9 @@ class CheckpointLoader:
             progress=not module_only,
             load_lr_scheduler_states=load_lr_scheduler_states,
         )
+        if not module_only and self._attachment.config.mode == "ChildTuning-F":
+            # Masks are drawn by step, and DeepSpeed's count is the saved run's.
+            self._hooks.progress = replace(self._hooks.progress, step=opened.record.progress.step)
         return str(folder / name), client_state
 
     def _check_that_deepspeed_loads(self, folder: Path, name: str, weights_only: bool, module_only: bool) -> None:

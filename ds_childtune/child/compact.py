@@ -16,7 +16,8 @@ Where masters are compact DeepSpeed itself runs on child shards: see `Plumbing`,
 
 With compact moments only, weights are edited in the flat shard (a checkpoint is loaded into it), and the next step begins with those;
 where it is 16-bit, the child shard is the fp32 master of every element that was not edited. With compact masters the child shard is
-the master, as DeepSpeed's own are: an edited parameter is overwritten by the next step, unless `refresh_fp32_params` is called.
+the master: the next step overwrites an edited parameter inside the child, as DeepSpeed does everywhere, and leaves the edit outside
+it, where the weight is all there is. After `refresh_fp32_params` the whole edit stays.
 
 In each case, `CompactChild.shards` maps each flat shard's tensor to its `ChildShard`, and the base optimizer's state
 is keyed by `ChildShard.tensor`: that is all of a child's state.

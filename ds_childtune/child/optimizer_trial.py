@@ -136,9 +136,6 @@ def _tried_once(optimizer: Optimizer, group: Group, like: Tensor, *, shaped: boo
     return Behaviour(name, against_compact=untried, untried=untried)
 
 
-# ---------------------------------------------------------------- a new instance
-
-
 # ---------------------------------------------------------------- the trial
 
 

@@ -35,6 +35,9 @@ class Fisher:
     terms: int
     """Terms of the mean: micro-batches over all ranks, or global batches."""
 
+    names: frozenset[str]
+    """The parameters that were eligible and not frozen, on all ranks."""
+
     experts: Experts = field(default_factory=Experts)
     """Those of a mixture-of-experts model, and which of them have scores of zero because no token reached them."""
 

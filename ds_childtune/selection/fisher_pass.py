@@ -203,7 +203,7 @@ class FisherPass:
             raise ValueError(_unreached(experts))
         if not self._terms:
             raise ValueError(_not_finite("gradients", 0))
-        return Fisher(self._accumulator.sums, self._terms, experts)
+        return Fisher(self._accumulator.sums, self._terms, frozenset(self._parameters), experts)
 
 
 def _digest(names: Sequence[str]) -> int:

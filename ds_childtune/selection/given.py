@@ -14,6 +14,7 @@ Each rank reads only the elements that it holds, so no mask of a sharded paramet
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -27,13 +28,24 @@ Unnamed = Literal["frozen", "dense"]
 """What eligible parameters are that no name or pattern is for: outside the child, or inside it."""
 
 
-def check_arguments(batches: object, against: object, masks: object, child: object, unnamed: object) -> None:
+def check_arguments(
+    batches: object, against: object, masks: object, child: object, unnamed: object, loss_fn: object
+) -> None:
     """Raise ValueError unless the arguments of `select` ask for one thing."""
     given = [name for name, value in (("batches", batches), ("masks", masks), ("child", child)) if value is not None]
     if len(given) > 1 or (against is not None and given and given != ["batches"]):
         got = ", ".join(given + (["against"] if against is not None else []))
         raise ValueError(
             f"select: expected calibration batches (and against), or masks, or a child, got {got}. Remedy: pass one of them."
+        )
+    if loss_fn is not None and (masks is not None or child is not None):
+        raise ValueError(
+            f"select: expected no loss_fn with {given[0]}, which need no batches, got one. Remedy: leave it out."
+        )
+    if unnamed == "dense" and masks is None and child is None:
+        raise ValueError(
+            'select: unnamed: expected masks or a child with it, got "dense" without them. Remedy: leave it out, and exclude what is'
+            " to train in full by child_tuning.exclude."
         )
     if unnamed not in ("frozen", "dense"):
         raise ValueError(f'select: unnamed: expected "frozen" or "dense", got {unnamed!r}. Remedy: pass one of them.')
@@ -51,12 +63,12 @@ def must_be_alike(masks: Mapping[str, object] | None, child: object, unnamed: st
     return f"{what}, unnamed {unnamed!r}"
 
 
-def match_names(given: Mapping[str, GivenMask], eligible: Set[str], known: Set[str]) -> dict[str, GivenMask]:
+def match_names(given: Mapping[str, GivenMask], eligible: Set[str], known: Mapping[str, str]) -> dict[str, GivenMask]:
     """The mask of each eligible parameter that has one. A parameter's own name goes before patterns.
 
     Args:
         eligible: names of the parameters that the child is chosen from.
-        known: names of all parameters of the model.
+        known: names of all parameters of the model, to the first name of each: a tied parameter may be named by any of its names.
 
     Raises:
         ValueError: for a name or pattern that no eligible parameter has, and for a parameter with two patterns.
@@ -65,7 +77,8 @@ def match_names(given: Mapping[str, GivenMask], eligible: Set[str], known: Set[s
         raise ValueError('select: expected masks by name, got none. Remedy: pass for example masks={"*": rows}.')
     found: dict[str, str] = {}
     for pattern in given:
-        names = [pattern] if pattern in eligible else sorted(n for n in eligible if fnmatchcase(n, pattern))
+        matching = [pattern] if known.get(pattern) in eligible else [n for n in known if fnmatchcase(n, pattern)]
+        names = sorted({known[n] for n in matching} & eligible)
         if not names:
             there = sorted(n for n in known if fnmatchcase(n, pattern))
             why = f"which is not eligible ({there[0]})" if there else "which no parameter has"
@@ -75,9 +88,9 @@ def match_names(given: Mapping[str, GivenMask], eligible: Set[str], known: Set[s
             )
         for name in names:
             before = found.get(name)
-            if before is None or pattern == name:
+            if before is None or (pattern in known and before not in known):
                 found[name] = pattern
-            elif before != name:
+            elif before not in known or pattern in known:
                 raise ValueError(
                     f"select: masks: expected one pattern for {name}, got {before!r} and {pattern!r}."
                     f" Remedy: give the mask of {name} under its own name, or make the patterns narrower."
@@ -132,11 +145,11 @@ def _of_fragment(given: Any, shard: FlatShard, fragment: Fragment, shape: torch.
 
 def _rows(name: str, given: Any, shape: torch.Size) -> Tensor:
     """bool [rows]: those that are given."""
-    try:
-        index = given.cpu() if isinstance(given, Tensor) else torch.tensor(list(given), dtype=torch.int64)
-    except (TypeError, ValueError, RuntimeError):
-        index = None
-    if index is None or index.dim() != 1 or index.dtype.is_floating_point or index.dtype.is_complex or not shape:
+    index: Tensor | None = None
+    with suppress(TypeError, ValueError, RuntimeError):
+        index = given.cpu() if isinstance(given, Tensor) else _numbers(list(given))
+    # uint8 is how masks were written before torch had bool.
+    if index is None or index.dim() != 1 or index.dtype not in _ROW_NUMBERS or not shape:
         what = f"a tensor of {given.dtype}, {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)[:80]
         raise ValueError(
             f"select: masks: {name}: expected a bool tensor of shape {tuple(shape)}, or row numbers, got {what}. {_REMEDY}"
@@ -150,7 +163,16 @@ def _rows(name: str, given: Any, shape: torch.Size) -> Tensor:
     return rows
 
 
+def _numbers(given: list[Any]) -> Tensor | None:
+    """None where True and False are among them, which are no row numbers."""
+    if any(isinstance(number, bool) for number in given):
+        return None
+    return torch.as_tensor(given) if given else torch.empty(0, dtype=torch.int64)
+
+
+_ROW_NUMBERS = (torch.int64, torch.int32, torch.int16)
+
 _REMEDY = (
-    'Remedy: pass a bool tensor of the parameter\'s shape, row numbers such as range(30000, 30100), "nonzero", or a function of'
-    " the shape that returns one of the first two."
+    "Remedy: pass a bool tensor of the parameter's shape, such as torch.tensor(mask).bool(), row numbers such as"
+    ' range(30000, 30100), "nonzero", or a function of the shape that returns one of the first two.'
 )

@@ -104,13 +104,7 @@ class ParameterChild:
         # Eight bools for each byte, which is an eighth of the work of shifting bits.
         mask = _bools(bits.device).index_select(0, bits.flatten().int()).view(torch.bool).view(len(bits), -1)
         mask = mask[:, : self.partition].reshape(-1)
-        if mask.is_cuda and _CUDA_WAITS:
-            return torch.nonzero(mask).view(-1)
         return torch.nonzero_static(mask, size=count).view(-1)
-
-
-_CUDA_WAITS = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7)
-"""torch 2.6 has no `nonzero_static` on GPUs."""
 
 
 def _shifts(device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ Every rank knows which elements of each parameter are the child's, and whose (se
     exit_backward                              notes that a micro-batch waits for its step
     clear_backward_seen_flag                   in the next forward pass: notes that an exception has ended a backward pass before
     step                                       runs on child shards, see below; then one all-gather of the child's 16-bit values
-    zero_grad, and the engine's                forget what was added up, too; see [Note: half a backward pass]
+    zero_grad, and the engine's                forget what was added up, too, where DeepSpeed does; see [Note: half a backward pass]
 
 For the length of a step the lists that it reads hold tensors of the child's size. So overflow check, norm, unscaling, clipping and the
 step are DeepSpeed's own code. It copies masters into what is sent afterwards, and finds nothing to gather by itself. Between steps the
@@ -81,7 +81,7 @@ class SendingPlumbing(ZeroTwoPlumbing):
         put.around(optimizer, "exit_backward", self._exit_backward)
         put.around(optimizer, "clear_backward_seen_flag", self._clear_backward_seen_flag)
         put.around(optimizer, "zero_grad", self._zero_grad)
-        put.around(self._engine, "zero_grad", self._zero_grad_of_engine)
+        put.around(self._engine, "zero_grad", self._zero_grad)
         put.around(optimizer, "step", self._step)
 
     def remove(self) -> None:
@@ -154,7 +154,8 @@ class SendingPlumbing(ZeroTwoPlumbing):
         for i, count in enumerate(self._installed.mine):
             part = mine.narrow(0, start, count)
             before = optimizer.averaged_gradients.get(i)
-            # A backward pass may end in several parts, as with reentrant checkpoints. Another one replaces it, as in DeepSpeed.
+            # A backward pass may end in several parts, as with reentrant checkpoints. After another forward pass its backward pass
+            # replaces it, as in DeepSpeed. A second backward pass without one adds up: it looks like a part, and loses nothing.
             if before is not None and optimizer._epilogue_ran_this_backward:
                 part = part + before.flat_partition
             optimizer.averaged_gradients[i] = Gradients(part)
@@ -191,14 +192,10 @@ class SendingPlumbing(ZeroTwoPlumbing):
         return original()
 
     def _zero_grad(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._forget()
-        return original(*args, **kwargs)
-
-    def _zero_grad_of_engine(self, original: Callable[..., Any]) -> Any:
-        # At ZeRO-2 it keeps whole micro-batches, as DeepSpeed does.
+        # At ZeRO-2 whole micro-batches stay, as in DeepSpeed.
         if self._in_backward or (self._sum is not None and not self._optimizer.partition_gradients):
             self._forget()
-        return original()
+        return original(*args, **kwargs)
 
     def _forget(self) -> None:
         self._sum, self._optimizer.micro_step_id = None, -1  # none waits
@@ -223,6 +220,9 @@ class SendingPlumbing(ZeroTwoPlumbing):
         if not optimizer.overflow:
             with torch.no_grad():
                 self._spread(owned, flats)
+            # As DeepSpeed ends its own steps: `module.to`, `module.float` and others give parameters storage of their own.
+            for group in range(len(flats)):
+                optimizer._update_model_bit16_weights(group)
         return result
 
     def _new_weights(self) -> Tensor:

@@ -22,8 +22,11 @@ from ds_childtune.zero.flat_shards import Parameters
 from ds_childtune.zero.layout import Layout, SavedShard
 from ds_childtune.zero.weights import update_forward_weights
 
-_SCALER = ("loss_scaler", "dynamic_loss_scale", "overflow")
-"""Entries of a ZeRO optimizer's state dict that say how losses are scaled."""
+_SCALERS = (
+    ("loss_scaler", "dynamic_loss_scale", "overflow"),
+    ("cur_scale", "dynamic_loss_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window"),
+)
+"""Entries of an optimizer's state dict that say how losses are scaled: with ZeRO, and without. They go together."""
 
 _NOT_CLIENT_STATE = frozenset(
     [
@@ -191,7 +194,8 @@ def _load_optimizer(
         return
     template[PLACES[wrapper].base] = loaded
     old = run.optimizer_states(0)
-    template |= {key: old[key] for key in _SCALER if key in old and key in template}
+    scaler = next((keys for keys in _SCALERS if keys[0] in old and keys[0] in template), ())
+    template |= {key: old[key] for key in scaler if key in old}
     if not wrapper.is_zero:
         template[PLACES[wrapper].weights] = getattr(optimizer, PLACES[wrapper].weights)
         optimizer.load_state_dict(template)

@@ -168,7 +168,9 @@ def _has_gradients(engine: Engine) -> bool:
             return bool(optimizer.micro_step_id or optimizer._epilogue_ran_this_backward)
         case Wrapper.BF16:
             return False  # it keeps gradients by itself
-    return any(param.grad is not None for param in engine.module.parameters())
+    # Of those that the optimizer steps: DeepSpeed's 16-bit wrappers never clear others.
+    groups = wrapped_groups(engine) or [group["params"] for group in optimizer.param_groups]
+    return any(param.grad is not None for group in groups for param in group)
 
 
 def applied_steps(engine: Engine) -> int:

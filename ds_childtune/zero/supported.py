@@ -180,6 +180,11 @@ REFUSALS = (
         lambda config: config.autocasts_to_fp16,
     ),
     Refusal(
+        "a model that torch.compile has wrapped, as its parameters have other names than the model's",
+        "give deepspeed.initialize, or the Trainer, the model itself, and call engine.compile() afterwards, or set torch_compile=True",
+        lambda engine: hasattr(engine.module, "_orig_mod"),
+    ),
+    Refusal(
         "the optimizer {optimizer}, which does not step `.grad` of flat shards element by element",
         "use AdamW, SGD or Lion",
         lambda engine: _steps_otherwise(type(engine.basic_optimizer).__name__),
