@@ -16,10 +16,10 @@ from ds_childtune.child_files.holders import Run, ranks_with
 from ds_childtune.child_files.reader import SavedChild, open_child, read_manifest
 from ds_childtune.ranks import from_first, raising_together, this_rank, true_on_all, world_size
 from ds_childtune.zero.checkpoint_read import SavedRun
-from ds_childtune.zero.elastic import local_part
 from ds_childtune.zero.elastic_check import check_values
 from ds_childtune.zero.engine import wrapper_of
 from ds_childtune.zero.layout import Layout, SavedShard
+from ds_childtune.zero.weights import local_weights
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ def _elements(attachment: Attachment) -> Iterator[Run]:
     for shard in attachment.shards:
         for fragment in shard.fragments:
             yield Run(fragment.name, fragment.param_start, fragment.param_start + fragment.numel)
-    for name, shape in attachment.parameters.shapes.items():
+    for name in attachment.parameters.shapes:
         if name not in attachment.parameters.by_name:
-            yield Run(name, *local_part(attachment.engine.module.get_parameter(name), shape.numel()))
+            weights = local_weights(name, attachment.engine.module.get_parameter(name))
+            yield Run(name, weights.start, weights.end)

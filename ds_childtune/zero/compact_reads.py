@@ -7,7 +7,7 @@ refused by name where it would be lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -102,8 +102,7 @@ class _Mapped:
 
     def _restore_from_bit16_weights(self, original: Callable[..., Any]) -> None:
         original()  # flat shards: with offload they are copies of the weights
-        for shard in self._child.shards.values():
-            shard.tensor.copy_(shard.flat.flat().index_select(0, shard.index))
+        _restore(self._child.shards.values())
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ class _ZeroThree:
             "set_full_hp_param": _refusing(_SETS),
             "set_local_hp_param": _refusing("safe_set_local_fp32_param and safe_set_local_optimizer_state"),
         }
-        if child.parts == "moments, masters and gradients":
+        if child.norm_is_child:
             methods |= {
                 "_restore_from_bit16_weights": self._restore_from_bit16_weights,
                 "set_fp32_grad_for_param": _refusing("safe_set_full_grad"),
@@ -183,7 +182,7 @@ class _ZeroThree:
         self._overrides = Overrides()
         for name, method in methods.items():
             self._overrides.method(optimizer, name, method)
-        if child.parts == "moments, masters and gradients":
+        if child.norm_is_child:
             self._overrides.around(optimizer, "_get_fp32_grad_state_partition", self._grad_partition)
 
     def remove(self) -> None:
@@ -211,9 +210,13 @@ class _ZeroThree:
         return dense, sub_group
 
     def _restore_from_bit16_weights(self) -> None:
-        """Masters from the weights that the forward pass uses."""
-        for shard in self._shards:
-            shard.tensor.copy_(shard.flat.flat().index_select(0, shard.index))
+        _restore(self._shards)
+
+
+def _restore(shards: Iterable[ChildShard]) -> None:
+    """Masters from the weights that the forward pass uses."""
+    for shard in shards:
+        shard.tensor.copy_(shard.flat.flat().index_select(0, shard.index))
 
 
 def _state(child: CompactChild, shard: ChildShard, key: str, start: int, numel: int) -> Tensor:

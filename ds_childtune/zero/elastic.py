@@ -20,7 +20,7 @@ from ds_childtune.zero.checkpoint_read import PLACES, SavedRun
 from ds_childtune.zero.engine import Engine, Wrapper, base_optimizer, wrapper_of
 from ds_childtune.zero.flat_shards import Parameters
 from ds_childtune.zero.layout import Layout, SavedShard
-from ds_childtune.zero.weights import update_forward_weights
+from ds_childtune.zero.weights import local_weights, update_forward_weights
 
 _SCALERS = (
     ("loss_scaler", "dynamic_loss_scale", "overflow"),
@@ -146,22 +146,10 @@ def _load_buffers_and_frozen(engine: Engine, run: SavedRun, layout: Layout, para
     named = dict(engine.module.named_parameters())
     for name in parameters.shapes.keys() - parameters.by_name.keys():
         param, shape = named[name], parameters.shapes[name]
-        mine = local_part(param, shape.numel())
-        start, end = mine
-        values = weights_of(run, layout, Fragment(name, start, 0, end - start), shape)
-        if values is None:
-            continue
-        target = param.ds_tensor if hasattr(param, "ds_tensor") else param
-        target.data.view(-1)[: end - start].copy_(values)
-
-
-def local_part(param: Any, numel: int) -> tuple[int, int]:
-    """First element and last + 1 of a parameter that this rank has: its partition, or all."""
-    if not hasattr(param, "ds_tensor"):
-        return 0, numel
-    share = param.ds_tensor.numel()
-    start = min(share * torch.distributed.get_rank(param.ds_process_group), numel)
-    return start, min(start + share, numel)
+        mine = local_weights(name, param)
+        values = weights_of(run, layout, Fragment(name, mine.start, 0, mine.values.numel()), shape)
+        if values is not None:
+            mine.values.copy_(values)
 
 
 def _load_optimizer(
