@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -24,8 +24,9 @@ _RAISABLE = (ValueError, NotImplementedError, RuntimeError)
 _PATIENCE = 60.0
 """Seconds that a failing rank waits for the others, which may be slower, but not by much."""
 
-_agreements = itertools.count()
-"""Numbers `raise_together`, alike on every rank."""
+_agreements: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+"""How often `raise_together` was called in each default process group, alike on every rank: a worker that replaces another one in an
+elastic restart has called it less often in its process."""
 
 
 def limit_waits(seconds: float) -> None:
@@ -138,7 +139,7 @@ def raise_together(error: Exception | None) -> None:
     Raises:
         Unanswered: on a failing rank, when the others did not come.
     """
-    rank, number = dist.get_rank(), next(_agreements)
+    rank, number = dist.get_rank(), _next_agreement()
     failed = torch.zeros(2, (dist.get_world_size() + 31) // 32, dtype=torch.int64, device=device())
     """A bit for each rank: which have failed, and which of them have left their words in the store."""
     words = ""
@@ -175,6 +176,13 @@ def raise_together(error: Exception | None) -> None:
     number_of_kind, _, text = words.partition(" ")
     where = f"[rank {first}{f' and {others} more' if others else ''}]"
     raise _RAISABLE[int(number_of_kind)](f"{where} {text}") from error
+
+
+def _next_agreement() -> int:
+    group = torch.distributed.distributed_c10d._get_default_group()
+    number = _agreements.get(group, 0)
+    _agreements[group] = number + 1
+    return number
 
 
 class Unanswered(RuntimeError):

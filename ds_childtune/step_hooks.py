@@ -25,8 +25,19 @@ from ds_childtune.ranks import device, raising_together, sum_over_ranks, tell, t
 from ds_childtune.shards import FlatShard
 from ds_childtune.zero import clip, compact_reads
 from ds_childtune.zero.compact_parts import CompactParts
-from ds_childtune.zero.engine import after_a_failed_step, applied_steps, base_optimizer, before_each_step, wrapper_of
+from ds_childtune.zero.engine import (
+    after_a_failed_step,
+    after_destroy,
+    applied_steps,
+    base_optimizer,
+    before_each_step,
+    empty_param_groups,
+    wrapper_of,
+)
 from ds_childtune.zero.supported import missing_groups
+
+_HOOKS = "ds_childtune_hooks"
+"""On our hook of a module's forward pass: a weak reference to the `StepHooks`."""
 
 
 class _Override(Protocol):
@@ -42,6 +53,8 @@ class StepHooks:
         self._child: ChildNetwork | None = None
         self._half_way = False
         """Whether an exception has come while a child was put in place."""
+        self.half_loaded: str | None = None
+        """The checkpoint whose load has begun and not ended."""
         self._fixed: FixedChild | None = None
         """The same child, where it is fixed."""
         self.kept: list[int] = []
@@ -75,7 +88,8 @@ class StepHooks:
             base.register_step_post_hook(self._after_step),
             engine.module.register_forward_pre_hook(_checking_before_forward(self)),
         ]
-        self._recovery = after_a_failed_step(engine, self._recover)
+        self._around_steps = [after_a_failed_step(engine, self._recover), before_each_step(engine, self._check_child)]
+        self._end = after_destroy(engine, self._let_go)
 
     # ---------------------------------------------------------------- the child
 
@@ -95,6 +109,11 @@ class StepHooks:
                 "ChildTuner: expected a child that was put in place as a whole, got one at which an exception came half-way, as for"
                 " want of memory; the one before is gone. Remedy: make a new engine, and load the last checkpoint."
             )
+
+    @property
+    def none_in_place(self) -> bool:
+        """Whether no child, and no half of one, is where DeepSpeed looks."""
+        return self._child is None and not self._half_way
 
     def chosen_child(self) -> ChildNetwork:
         """The child; RuntimeError where it is not chosen yet."""
@@ -229,7 +248,17 @@ class StepHooks:
             self._finite_check.end()
         for handle in self._handles:
             handle.remove()
-        self._recovery.remove()
+        for override in (*reversed(self._around_steps), self._end):  # one is on top of the other
+            override.remove()
+
+    def _let_go(self) -> None:
+        """The engine is destroyed: leave its model to another one."""
+        for handle in self._handles:
+            handle.remove()
+        if self._finite_check is not None:
+            self._finite_check.end()
+        self._child = self._fixed = self._self_check = None
+        self._shard_of = {}
 
     # ---------------------------------------------------------------- around a step
 
@@ -237,6 +266,21 @@ class StepHooks:
         """Param groups as the user has them: after a failed step another child, a checkpoint or plain DeepSpeed may follow."""
         if self._child is not None:
             self._child.recover()
+        empty_param_groups(self._attachment.engine)
+
+    def _check_child(self) -> None:
+        """Before a step: in the hook of the base optimizer DeepSpeed would be in the middle of it."""
+        self.check_loaded()
+        self.chosen_child()
+
+    def check_loaded(self) -> None:
+        """Raise RuntimeError after a load that has not ended."""
+        if self.half_loaded is not None:
+            raise RuntimeError(
+                f"ChildTuner: expected a checkpoint that is loaded as a whole, got {self.half_loaded}, whose load ended in an"
+                " exception: weights, masters and moments may be of two runs. Remedy: load this or another checkpoint, or make a new"
+                " engine."
+            )
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self.step_failed = True  # until it has ended
@@ -349,6 +393,7 @@ class StepHooks:
         """What was attached to is still there; and a step that DeepSpeed says it applied must have come by here."""
         engine = self._attachment.engine
         self._check_whole()
+        self.check_loaded()
         if (problem := missing_groups(engine)) is not None:
             raise RuntimeError(f"ChildTuner: {problem}")
         self._warn_of_thawed()
@@ -393,4 +438,12 @@ def _checking_before_forward(hooks: StepHooks) -> Callable[..., None]:
             hooks.check_before_forward()
 
     # Traced, it would change the optimizer: dynamo makes param groups "capturable" when it reads them.
-    return torch.compiler.disable(check)  # type: ignore[no-any-return]
+    untraced: Any = torch.compiler.disable(check)
+    setattr(untraced, _HOOKS, of)
+    return untraced  # type: ignore[no-any-return]
+
+
+def trains_a_child(module: nn.Module) -> bool:
+    """Whether a child is attached to an engine around `module`."""
+    found = [getattr(hook, _HOOKS)() for hook in module._forward_pre_hooks.values() if hasattr(hook, _HOOKS)]
+    return any(hooks is not None and hooks.module is module for hooks in found)

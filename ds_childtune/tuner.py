@@ -529,7 +529,8 @@ class ChildTuner:
         if waits(self.engine) and not self._hooks.step_failed:
             raise RuntimeError(
                 f"{what}: called between a micro-batch and its optimizer step, whose gradients would be lost."
-                " Remedy: call it before training, or right after the step that ends an accumulation."
+                " Remedy: call it before training, or right after the step that ends an accumulation; after an exception in a backward"
+                " pass call engine.zero_grad() first."
             )
 
     def detach(self) -> None:

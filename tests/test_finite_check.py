@@ -82,7 +82,7 @@ def test_nan_outside_the_child(pool: RankPool, stage: int) -> None:
             assert found or not error
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_going_on_from_the_last_checkpoint(pool: RankPool, stage: int, tmp_path: Path) -> None:
     """In the same engine, which the error left as it was. (With accumulation DeepSpeed has lost count of micro-batches.)"""
     setup = replace(SETUP, stage=stage, accumulation=1)

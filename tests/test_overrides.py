@@ -326,7 +326,10 @@ def test_a_user_s_wrappers_are_called_and_come_back(pool: RankPool, tmp_path: Pa
     # The first rank writes the recovery script.
     assert all(plain[0].attached[n] for n in case.extended), f"vacuous: {plain[0].attached}"
     for seen, expected in zip(with_child, plain, strict=True):
-        assert seen.overridden == case.extended | case.replaced, "a name is not tested here, or is not overridden"
+        # `destroy` ends the engine, so that it is not called here.
+        assert seen.overridden == case.extended | case.replaced | {"engine.destroy"}, (
+            "a name is not tested here, or is not overridden"
+        )
         # DeepSpeed links parameters anew when it loads a checkpoint.
         assert seen.lost == expected.lost
         assert set(seen.lost) <= {"parameter.set_full_hp_param", "parameter.set_full_hp_grad"}

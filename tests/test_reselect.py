@@ -437,7 +437,8 @@ def test_a_gradient_outside_the_optimizer_does_not_wait_for_a_step(pool: RankPoo
 def put_in_place_half_way(stage: int, folder: str) -> tuple[list[str], list[Weights]]:
     """What is said after an exception at which a child was half in place. Before, it would have trained something else.
 
-    And the weights after the remedy and a step, beside those of the same step on an engine that had no exception.
+    And the weights after the remedy and a step, on another model and on this one, beside those of the same step on an engine that had
+    no exception.
     """
     setup = replace(BASE, stage=stage, accumulation=1)
     block = {"mode": "ChildTuning-D", "reserve_p": P, "selector": "magnitude", "optimizer_state": "compact"}
@@ -467,16 +468,26 @@ def put_in_place_half_way(stage: int, folder: str) -> tuple[list[str], list[Weig
             with pytest.raises(RuntimeError) as error:
                 act()
             said.append(str(error.value))
+        model = engine.module
     with engine_of(setup) as engine:
         ds_childtune.attach(engine, block)
         engine.load_checkpoint(folder)
         train_step(engine, batch)
         weights.append(model_weights(engine))
+    # `child` is there still, as in a notebook.
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=setup.config())
+    ds_childtune.attach(engine, block)
+    engine.load_checkpoint(folder)
+    train_step(engine, batch)
+    weights.append(model_weights(engine))
+    engine.destroy()
     return said, weights
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_child_that_is_half_in_place_does_not_train(pool: RankPool, tmp_path: Path, stage: int) -> None:
-    for said, (undisturbed, remedied) in pool[2].run(put_in_place_half_way, stage, str(tmp_path)):
+    for said, (undisturbed, *remedied) in pool[2].run(put_in_place_half_way, stage, str(tmp_path)):
         assert all("Remedy: make a new engine, and load the last checkpoint" in text for text in said), said
-        assert all(torch.equal(remedied[name], weight) for name, weight in undisturbed.items())
+        for weights in remedied:
+            assert all(torch.equal(weights[name], weight) for name, weight in undisturbed.items())

@@ -18,6 +18,16 @@ class Hooks(Protocol):
     child: ChildNetwork | None
     """None: a ChildTuning-D child that is not chosen yet."""
 
+    half_loaded: str | None
+    """The checkpoint whose load has begun and not ended: nothing trains with a mixture."""
+
+    @property
+    def none_in_place(self) -> bool:
+        """Whether no child, and no half of one, is where DeepSpeed looks."""
+
+    def check_loaded(self) -> None:
+        """Raise RuntimeError after a load that has not ended."""
+
     def forget(self, *, another_follows: bool = False) -> None:
         """Be as after `attach`. `another_follows`: a compact child is loaded next, so nothing becomes dense in between."""
 

@@ -132,7 +132,7 @@ class CheckpointLoader:
         mine = saved_shards(self._attachment.engine, self._attachment.shards, this_rank())
         same_shape = opened.is_same_shape(self._attachment, mine)
         masks: SavedMasks | None = None
-        with self._without_child(record):
+        with self._without_child(record, opened.folder):
             if same_shape:
                 path, client_state = load_as_deepspeed_does()
             else:
@@ -141,25 +141,27 @@ class CheckpointLoader:
             with raising_together():
                 if record.chosen and self._attachment.config.mode == "ChildTuning-D":
                     masks = read_masks(child, self._attachment.shards)
-        self._hooks.adopt(record.progress)
-        if masks is not None:
-            self._hooks.fix(masks)
+            self._hooks.adopt(record.progress)
+            if masks is not None:
+                self._hooks.fix(masks)
         trained = self._hooks.child
         with raising_together():
             if trained is not None:
                 read_compact(child, trained)
             if record.world_size == world_size():
                 restore_random_states(child.folder / record.ranks[this_rank()].name)
+        self._hooks.half_loaded = None
         return path, client_state
 
     @contextmanager
-    def _without_child(self, record: RunRecord) -> Iterator[None]:
+    def _without_child(self, record: RunRecord, folder: Path) -> Iterator[None]:
         """The engine has no child for the length of a `with`, so that DeepSpeed finds what it wrote.
 
         Masters and moments are dense if those of the checkpoint are. If it has a compact child, nothing becomes dense in between.
         """
         compact = record.chosen and self._attachment.config.optimizer_state == "compact"
         before = self._hooks.child
+        self._hooks.half_loaded = str(folder)
         with raising_together():  # dense masters may not fit on one rank only
             self._hooks.forget(another_follows=compact)
             if not compact:
@@ -167,7 +169,7 @@ class CheckpointLoader:
         try:
             yield
         except BaseException:
-            if compact and before is not None:
+            if compact and before is not None and self._hooks.none_in_place:
                 before.restore_dense()
             raise
 
@@ -178,7 +180,11 @@ class CheckpointLoader:
         """
         with raising_together():
             asked = None if tag is None else tag_folder.check_tag(tag)
-        check_same(f"{load_dir}/{asked}", "load_checkpoint's load_dir and tag")
+        check_same(
+            f"{load_dir}/{asked}",
+            "load_checkpoint's load_dir and tag",
+            "pass the same on every rank: a folder that all of them see",
+        )
 
         def found() -> tuple[str | None, bool]:
             name = tag_folder.read_latest(load_dir) if asked is None else asked

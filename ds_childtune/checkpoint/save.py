@@ -86,7 +86,12 @@ class CheckpointSaver:
             refuse_unsupported_saving(engine)
             name = tag_folder.check_tag(f"global_step{engine.global_steps}" if tag is None else tag)
             self._check_unchanged()
-        check_same(f"{save_dir}/{name}", "save_checkpoint's save_dir and tag")
+            self._hooks.check_loaded()
+        check_same(
+            f"{save_dir}/{name}",
+            "save_checkpoint's save_dir and tag",
+            "pass the same on every rank: a folder that all of them see",
+        )
         folder = Path(save_dir)
         first = this_rank() == 0
         with raising_together():

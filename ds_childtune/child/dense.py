@@ -78,11 +78,13 @@ class DenseChild:
         self._masks = {s.tensor: None if all_ else m for s, m, all_ in zip(shards, masks, whole, strict=True)}
         """By flat shard: bool 1-D, True = trained; None where the whole shard is."""
         self._decays: list[_Decay] = []
+        self._decayed: set[Tensor] = set()
+        """Flat shards that have decayed for a step that has not ended. If an exception ends it, the next one does not decay again."""
         self._kept: list[_Kept] = []
 
     def recover(self) -> None:
         """Weight decay as the group has it, and weights outside the child as they were."""
-        self.after_step()
+        self._put_back()
 
     def before_step(self, optimizer: torch.optim.Optimizer, stepped: Sequence[Stepped], step: int) -> None:
         for each in stepped:
@@ -100,8 +102,9 @@ class DenseChild:
             if grad is None:
                 continue
             mask = self._masks[shard.tensor]
-            if style == "decoupled":
+            if style == "decoupled" and shard.tensor not in self._decayed:
                 decay_weights_(shard.flat(), mask, 1 - group["lr"] * group["weight_decay"])
+                self._decayed.add(shard.tensor)
             elif style == "l2":
                 decay_gradient_(grad, shard.flat(), group)
             if mask is not None:
@@ -113,6 +116,10 @@ class DenseChild:
             group["weight_decay"] = 0.0
 
     def after_step(self) -> None:
+        self._put_back()
+        self._decayed.clear()
+
+    def _put_back(self) -> None:
         for decay in self._decays:
             decay.group["weight_decay"] = decay.weight_decay
         self._decays.clear()

@@ -18,6 +18,7 @@ from ds_childtune.child_files.format import DTYPES, ChildFileError, Piece
 from ds_childtune.child_files.holders import Run
 from ds_childtune.child_files.reader import SavedChild, open_child
 from ds_childtune.ranks import device, raising_together, sum_over_ranks, this_rank, world_size
+from ds_childtune.step_hooks import trains_a_child
 from ds_childtune.zero.flat_shards import read_flat_shards, read_parameters
 from ds_childtune.zero.weights import full_shape, is_partitioned, local_weights, refresh_copies
 
@@ -48,8 +49,6 @@ def apply_child(target: Any, *paths: str | Path, conflicts: Conflicts = "refuse"
             )
         if not paths:
             raise ValueError("apply_child: expected at least one child's folder, got none. Remedy: pass its path.")
-        if site.engine is not None and getattr(site.engine, "child_tuner", None) is not None:
-            raise RuntimeError("apply_child: this engine trains a child. Remedy: apply children before attach.")
         children = [open_child(path, kind=KIND, checksums=False) for path in paths]
         for child in children:
             child.check_contents(site.rank, site.world_size)
@@ -129,6 +128,11 @@ class _Site:
             raise ValueError(
                 f"apply_child: expected an nn.Module or a DeepSpeed engine, got {type(model).__name__}."
                 " Remedy: pass the base model."
+            )
+        if getattr(engine, "child_tuner", None) is not None or trains_a_child(model):
+            raise RuntimeError(
+                "apply_child: this engine, or the one around this model, trains a child, which would overwrite a part of what is"
+                " applied. Remedy: call its detach() first; apply children before attach."
             )
         params = dict(model.named_parameters())
         is_sharded = engine is not None or any(is_partitioned(p) for p in params.values())

@@ -101,10 +101,10 @@ def calibration(engine: Engine, ready: Ready) -> Iterator[Backward]:
         engine.inside_no_sync_ctxt = True
         try:
             yield lambda loss: _backward(engine, loss)
-        except Exception as error:
-            if not isinstance(error, Unanswered):  # what the ranks do together would never end
-                del _modules_in_forward(engine)[depth:]
-                _end_pass(engine)
+        except BaseException as error:
+            del _modules_in_forward(engine)[depth:]
+            if isinstance(error, Exception) and not isinstance(error, Unanswered):
+                _end_pass(engine)  # else what the ranks do together would never end
             raise
         finally:
             for owner, name, value in before:

@@ -178,18 +178,43 @@ def applied_steps(engine: Engine) -> int:
     return int(engine.global_steps - engine.skipped_steps)
 
 
+def drop_gradients(engine: Engine) -> None:
+    """Of a step that was refused: they would be added to those of the next one."""
+    engine.zero_grad()
+    if wrapper_of(engine).is_zero:
+        engine.optimizer.zero_grad()
+
+
 def before_each_step(engine: Engine, act: Callable[[], None]) -> Overrides:
-    """Call `act` before DeepSpeed does anything for an optimizer step, where an error still leaves everything as it was.
+    """Call `act` before DeepSpeed does anything for an optimizer step. An error of it leaves everything as it was, and no gradients.
 
     In a hook of the base optimizer it would not: DeepSpeed calls that one with a part of its param groups, and puts them back after.
     """
 
     def take(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        act()
+        try:
+            act()
+        except BaseException:
+            drop_gradients(engine)
+            raise
         return original(*args, **kwargs)
 
     overrides = Overrides()
     overrides.around(engine, "_take_model_step", take)
+    return overrides
+
+
+def after_destroy(engine: Engine, act: Callable[[], None]) -> Overrides:
+    """Call `act` once DeepSpeed has taken its own hooks back."""
+
+    def take(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        finally:
+            act()
+
+    overrides = Overrides()
+    overrides.around(engine, "destroy", take)
     return overrides
 
 

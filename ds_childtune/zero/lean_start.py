@@ -9,6 +9,7 @@ empty. `select` makes both, of the child's size; `detach` makes them as DeepSpee
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -69,7 +70,7 @@ def lean_engines() -> Iterator[list[Optimizer]]:
         if not hasattr(optimizer, _MARK):  # else a `with` inside this one has made it lean
             make_gradient_buffer(optimizer, {p.ds_id: 0 for p in parameters(optimizer)})
             refusing = Overrides()
-            refusing.method(optimizer, "partition_grads", _no_gradients)
+            refusing.method(optimizer, "partition_grads", functools.partial(_no_gradients, optimizer))
             setattr(optimizer, _MARK, refusing)
         made.append(optimizer)
 
@@ -149,7 +150,15 @@ def _create_views(optimizer: Optimizer, create: Callable[[Optimizer], None]) -> 
         flats[i] = view.requires_grad_()
 
 
-def _no_gradients(*_: object) -> NoReturn:
+def _no_gradients(optimizer: Optimizer, *_: object) -> NoReturn:
+    # In the middle of a backward pass, which leaves no trace: the next one would find its gradients, and take itself for a part of it.
+    for bucket in optimizer.ipg_buckets.values():
+        bucket.params.clear()
+        bucket.elements = 0
+    for param in parameters(optimizer):
+        param.grad = None
+    while optimizer._backward_active_depth:
+        optimizer.exit_backward()
     raise RuntimeError(
         "lean_start: this engine has no gradient buffer before a child is chosen, so it cannot train yet."
         " Remedy: child = ds_childtune.attach(engine), then child.select(calibration_batches), then train."

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_childtune.ranks import from_first
-from ds_childtune.zero.engine import child_tuning_block
+from ds_childtune.zero.engine import child_tuning_block, drop_gradients
 
 _MARK = "looks_for_a_child"
 
@@ -62,6 +62,7 @@ def _check_attached(engine: Any) -> None:
     """Raise RuntimeError for a block without a child. No collective."""
     if not _waits_for_a_child(engine):
         return
+    drop_gradients(engine)
     raise RuntimeError(
         'ds_childtune: expected a child on this engine, whose DeepSpeed config has a "child_tuning" block, got none: all elements'
         " would train. Remedy: child = ds_childtune.attach(engine) after deepspeed.initialize, with a Trainer"
