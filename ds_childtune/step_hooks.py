@@ -34,10 +34,8 @@ from ds_childtune.zero.engine import (
     empty_param_groups,
     wrapper_of,
 )
+from ds_childtune.zero.other_engines import HOOKS
 from ds_childtune.zero.supported import missing_groups
-
-_HOOKS = "ds_childtune_hooks"
-"""On our hook of a module's forward pass: a weak reference to the `StepHooks`."""
 
 
 class _Override(Protocol):
@@ -439,11 +437,5 @@ def _checking_before_forward(hooks: StepHooks) -> Callable[..., None]:
 
     # Traced, it would change the optimizer: dynamo makes param groups "capturable" when it reads them.
     untraced: Any = torch.compiler.disable(check)
-    setattr(untraced, _HOOKS, of)
+    setattr(untraced, HOOKS, of)
     return untraced  # type: ignore[no-any-return]
-
-
-def trains_a_child(module: nn.Module) -> bool:
-    """Whether a child is attached to an engine around `module`."""
-    found = [getattr(hook, _HOOKS)() for hook in module._forward_pre_hooks.values() if hasattr(hook, _HOOKS)]
-    return any(hooks is not None and hooks.module is module for hooks in found)

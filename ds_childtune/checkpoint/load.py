@@ -132,8 +132,9 @@ class CheckpointLoader:
         mine = saved_shards(self._attachment.engine, self._attachment.shards, this_rank())
         same_shape = opened.is_same_shape(self._attachment, mine)
         masks: SavedMasks | None = None
-        with self._without_child(record, opened.folder):
+        with self._without_child(record):
             if same_shape:
+                self._hooks.half_loaded = str(opened.folder)
                 path, client_state = load_as_deepspeed_does()
             else:
                 path = str(opened.folder)
@@ -154,14 +155,13 @@ class CheckpointLoader:
         return path, client_state
 
     @contextmanager
-    def _without_child(self, record: RunRecord, folder: Path) -> Iterator[None]:
+    def _without_child(self, record: RunRecord) -> Iterator[None]:
         """The engine has no child for the length of a `with`, so that DeepSpeed finds what it wrote.
 
         Masters and moments are dense if those of the checkpoint are. If it has a compact child, nothing becomes dense in between.
         """
         compact = record.chosen and self._attachment.config.optimizer_state == "compact"
         before = self._hooks.child
-        self._hooks.half_loaded = str(folder)
         with raising_together():  # dense masters may not fit on one rank only
             self._hooks.forget(another_follows=compact)
             if not compact:
@@ -219,6 +219,7 @@ class CheckpointLoader:
         tell(f"ds_childtune: {folder} {name}: loading only weights, without the child")
         with raising_together():
             run, layout = opened.saved_run(self._attachment)
+        before, self._hooks.half_loaded = self._hooks.half_loaded, str(opened.folder)
         client_state = load_weights(
             self._attachment.engine,
             run,
@@ -228,6 +229,7 @@ class CheckpointLoader:
             progress=not module_only,
             load_lr_scheduler_states=load_lr_scheduler_states,
         )
+        self._hooks.half_loaded = before
         if not module_only and self._attachment.config.mode == "ChildTuning-F":
             # Masks are drawn by step, and DeepSpeed's count is the saved run's.
             self._hooks.progress = replace(self._hooks.progress, step=opened.record.progress.step)
@@ -264,6 +266,7 @@ class CheckpointLoader:
         with raising_together():
             run, layout = opened.saved_run(self._attachment)
             check_elsewhere(self._attachment.engine, run, layout, self._attachment.shards)
+        self._hooks.half_loaded = str(opened.folder)
         return load_elsewhere(
             self._attachment.engine,
             run,

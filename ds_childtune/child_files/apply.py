@@ -18,8 +18,8 @@ from ds_childtune.child_files.format import DTYPES, ChildFileError, Piece
 from ds_childtune.child_files.holders import Run
 from ds_childtune.child_files.reader import SavedChild, open_child
 from ds_childtune.ranks import device, raising_together, sum_over_ranks, this_rank, world_size
-from ds_childtune.step_hooks import trains_a_child
 from ds_childtune.zero.flat_shards import read_flat_shards, read_parameters
+from ds_childtune.zero.other_engines import trains_a_child
 from ds_childtune.zero.weights import full_shape, is_partitioned, local_weights, refresh_copies
 
 Conflicts = Literal["refuse", "last"]

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 from ds_childtune.zero.engine import Engine
+
+HOOKS = "ds_childtune_hooks"
+"""What our hook of a module's forward pass has: a weak reference to the hooks of the engine around the module."""
+
+
+def trains_a_child(module: nn.Module) -> bool:
+    """Whether a child is attached to an engine around `module`."""
+    found: list[Any] = [getattr(hook, HOOKS)() for hook in module._forward_pre_hooks.values() if hasattr(hook, HOOKS)]
+    return any(hooks is not None and hooks.module is module for hooks in found)
 
 
 def refuse_parameters_of_another(engine: Engine, parameters: Mapping[str, nn.Parameter]) -> None:
