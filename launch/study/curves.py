@@ -199,8 +199,8 @@ def draw(grid: Grid, runs: Runs, path: Path) -> None:
     left.legend(fontsize=7)
     for name, what in (("state", "trainable state"), ("sent", "sent by a rank in a step")):
         axes[name].set(xscale="log", xlabel=f"{what}, bytes a parameter of the model", ylabel="R8 NLL at the end")
-        axes[name].set_xticks(ticks := [0.25, 0.5, 1, 2, 4, 8, 16], [f"{tick:g}" for tick in ticks])
-        axes[name].set(xlim=(0.18, 32))
+        axes[name].set_xticks(ticks := [0.125, 0.25, 0.5, 1, 2, 4, 8, 16], [f"{tick:g}" for tick in ticks])
+        axes[name].set(xlim=(0.08, 32))
         axes[name].minorticks_off()
     figure.savefig(path, dpi=110)
     plt.close(figure)
