@@ -240,17 +240,12 @@ class StepHooks:
         if self._fixed is not None:
             self._fixed.release()
         self._take_back_overrides()
-        self._child = self._fixed = self._self_check = None  # it is large
-        self._shard_of = {}
-        if self._finite_check is not None:
-            self._finite_check.end()
-        for handle in self._handles:
-            handle.remove()
+        self._let_go()
         for override in (*reversed(self._around_steps), self._end):  # one is on top of the other
             override.remove()
 
     def _let_go(self) -> None:
-        """The engine is destroyed: leave its model to another one."""
+        """Leave the model to another engine, and the child's memory: what is left to do once an engine is destroyed."""
         for handle in self._handles:
             handle.remove()
         if self._finite_check is not None:

@@ -434,11 +434,12 @@ class ChildTuner:
 
     def _exportable(self, what: str) -> ChildNetwork:
         """The child, outside of which nothing has moved. Raises NotImplementedError, see `export`."""
-        if not self._attached:
-            raise RuntimeError(
-                f"{what}: expected a child that is attached, as plain steps may have moved other elements since detach(). Remedy:"
-                " export before detach()."
-            )
+        with raising_together():  # one rank may have detached
+            if not self._attached:
+                raise RuntimeError(
+                    f"{what}: expected a child that is attached, as plain steps may have moved other elements since detach()."
+                    " Remedy: export before detach()."
+                )
         child = self._hooks.chosen_child()
         refuse_moved_outside(what, self.config.mode, self.config.compat, self._hooks.progress.earlier_children)
         return child
@@ -455,7 +456,8 @@ class ChildTuner:
             ValueError: on every rank, for a name that the model does not have.
             RuntimeError: on every rank, before `select` and after `detach`.
         """
-        self._check_attached()
+        with raising_together():
+            self._check_attached()
         first = self.attachment.first_name(name)
         child = self._hooks.chosen_child()
         parameters = self.attachment.parameters

@@ -183,6 +183,28 @@ def select_after_a_detach_on_rank_1(engine: Any) -> None:
     child.select(mine())
 
 
+def gather_mask_after_a_detach_on_rank_1(engine: Any) -> None:
+    child = ds_childtune.attach(engine, CHILD_D)
+    if dist.get_rank() == 1:
+        child.detach()
+    child.gather_mask("blocks.0.gain")
+
+
+def export_after_a_detach_on_rank_1(engine: Any) -> None:
+    child = ds_childtune.attach(engine, CHILD_D)
+    child.select(mine())
+    if dist.get_rank() == 1:
+        child.detach()
+    child.export("nowhere")
+
+
+def apply_after_a_detach_on_rank_1(engine: Any) -> None:
+    child = ds_childtune.attach(engine, CHILD_D)
+    if dist.get_rank() == 1:
+        child.detach()
+    ds_childtune.apply_child(engine, "nowhere")
+
+
 def select_with_masks_on_rank_0(engine: Any) -> None:
     masks = {"blocks.*": "nonzero"} if dist.get_rank() == 0 else None
     ds_childtune.attach(engine, CHILD_D).select(None if masks else mine(), masks=masks)
@@ -238,6 +260,9 @@ def select_without_batches(engine: Any) -> None:
         (attach_twice, RuntimeError, ["already", "detach()"]),
         (select_after_detach, RuntimeError, ["detached", "attach(engine)"]),
         (select_after_a_detach_on_rank_1, RuntimeError, ["[rank 1]", "detached", "attach(engine)"]),
+        (gather_mask_after_a_detach_on_rank_1, RuntimeError, ["[rank 1]", "detached", "attach(engine)"]),
+        (export_after_a_detach_on_rank_1, RuntimeError, ["[rank 1]", "export before detach()"]),
+        (apply_after_a_detach_on_rank_1, RuntimeError, ["[rank 0", "trains a child", "detach() first"]),
         (select_with_masks_on_rank_0, ValueError, ["same on every rank", "masks of 'blocks.*'", "no masks"]),
         (select_with_other_names_on_rank_1, ValueError, ["same on every rank", "masks of '*'"]),
         (select_with_unnamed_dense_on_rank_1, ValueError, ["same on every rank", "unnamed 'dense'"]),

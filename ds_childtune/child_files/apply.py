@@ -47,6 +47,11 @@ def apply_child(target: Any, *paths: str | Path, conflicts: Conflicts = "refuse"
             raise ValueError(
                 f'conflicts: expected "refuse" or "last", got {conflicts!r}. Remedy: pass one of "refuse" and "last".'
             )
+        if site.trains:
+            raise RuntimeError(
+                "apply_child: this engine, or the one around this model, trains a child, which would overwrite a part of what is"
+                " applied. Remedy: call its detach() first; apply children before attach."
+            )
         if not paths:
             raise ValueError("apply_child: expected at least one child's folder, got none. Remedy: pass its path.")
         children = [open_child(path, kind=KIND, checksums=False) for path in paths]
@@ -117,6 +122,8 @@ class _Site:
     """Whether the ranks act together: around an engine, or a partitioned model."""
     rank: int = 0
     world_size: int = 1
+    trains: bool = False
+    """Whether an engine around the model trains a child."""
     masters: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
     """What the optimizer steps: first element in the parameter, and a 1-D view."""
 
@@ -129,17 +136,14 @@ class _Site:
                 f"apply_child: expected an nn.Module or a DeepSpeed engine, got {type(model).__name__}."
                 " Remedy: pass the base model."
             )
-        if getattr(engine, "child_tuner", None) is not None or trains_a_child(model):
-            raise RuntimeError(
-                "apply_child: this engine, or the one around this model, trains a child, which would overwrite a part of what is"
-                " applied. Remedy: call its detach() first; apply children before attach."
-            )
         params = dict(model.named_parameters())
         is_sharded = engine is not None or any(is_partitioned(p) for p in params.values())
         site = cls(model, engine, params, params | persistent_buffers(model), is_sharded)
         if is_sharded:
             site.rank, site.world_size = this_rank(), world_size()
-        if engine is not None and engine.optimizer is not None:
+        site.trains = getattr(engine, "child_tuner", None) is not None or trains_a_child(model)
+        # DeepSpeed's flat shards may be the child's own.
+        if engine is not None and engine.optimizer is not None and not site.trains:
             for shard in read_flat_shards(engine, read_parameters(engine)):
                 for fragment in shard.fragments:
                     view = (fragment.param_start, fragment.of(shard.flat()))

@@ -181,7 +181,7 @@ REFUSALS = (
     ),
     Refusal(
         "a model that torch.compile has wrapped, as its parameters have other names than the model's",
-        "give deepspeed.initialize, or the Trainer, the model itself, and call engine.compile() afterwards, or set torch_compile=True",
+        "give deepspeed.initialize or the Trainer the model itself, and call engine.compile() afterwards",
         lambda engine: hasattr(engine.module, "_orig_mod"),
     ),
     Refusal(
