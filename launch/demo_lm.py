@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from arguments import Arguments
+from precision import quick_in_bf16
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +27,7 @@ ARMS: tuple[Arm, ...] = ("plain", "child")
 METHODS = {"plain": "plain", "child": "ChildTuning-D"}
 LRS = {"plain": 1e-4, "child": 5e-4}
 """A child takes a higher rate than plain fine-tuning."""
+PRECISION: Literal["bf16", "fp32"] = "bf16" if quick_in_bf16() else "fp32"
 MB = 1e6
 
 
@@ -47,7 +49,7 @@ def arguments_of(arm: Arm, folder: Path, steps: int) -> Arguments:
         eval_first=True,
         eval_every=steps,
         attention="eager",
-        precision="bf16",
+        precision=PRECISION,
         ds_config=Path(__file__).with_name("demo_lm.json"),
         export=folder / "child" if arm == "child" else None,
         results=folder / f"{arm}.jsonl",
@@ -85,11 +87,10 @@ def check_data(args: Arguments) -> None:
 def summary(results: dict[Arm, dict[str, Any]], folder: Path) -> Table:
     """What the model knew before and after, and what each run held and left behind."""
     plain, child = (results[arm] for arm in ARMS)
-    before = plain["curve"][0]
+    before, precision = plain["curve"][0], plain["arguments"]["precision"]
     p = child["ds_config"]["child_tuning"]["reserve_p"]
-    table = Table(
-        title=f"SmolLM2-135M on Reuters R8, ZeRO-3, {plain['world_size']} ranks ({plain['device']}), {plain['steps']} steps"
-    )
+    where = f"ZeRO-3, {precision}, {plain['world_size']} ranks ({plain['device']})"
+    table = Table(title=f"SmolLM2-135M on Reuters R8, {where}, {plain['steps']} steps")
     for column in ("", "before", "plain", f"ChildTuning-D, {p:.0%}"):
         table.add_column(column, justify="left" if not column else "right")
 

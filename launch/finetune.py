@@ -34,6 +34,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from evaluation import Logits, evaluate, label_logits
 from memory_use import optimizer_bytes, peak_bytes, tensor_bytes
+from precision import warn_of_slow_bf16
 from processes import first_local_rank_first, processes, together
 from rich.console import Console
 from rich.table import Table
@@ -260,6 +261,8 @@ def run(args: Arguments) -> dict[str, Any]:
     """Train and evaluate once, inside `processes()`. Returns, on every rank, what goes into the results file."""
     started = time.perf_counter()
     config = together(lambda: read_ds_config(args))
+    if dist.get_rank() == 0:
+        warn_of_slow_bf16(config, "--precision fp32.")
     tokenizer = first_local_rank_first(lambda: load_tokenizer(args))
     data = first_local_rank_first(lambda: load_data(args, tokenizer))
     collate = collator(args.task, tokenizer)

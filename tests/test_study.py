@@ -452,6 +452,8 @@ def test_a_job_that_fails_does_not_stop_the_others_and_is_run_again(tmp_path: Pa
         assert process.returncode == 1
         assert "no luck" in said
         assert "2 jobs failed" in said
+        # Once as it comes, of whichever job is the first, and in the output of the two that failed.
+        assert [line.strip() for line in said.splitlines()].count("WARNING: too slow here") == 1 + 2
         jobs = [study_grid.job_of(r) for r in study_grid.read_results(tmp_path / "r.jsonl", grid())]
         assert len(jobs) == 4 + 4
         assert {j.seed for j in jobs} == {0, 1, 3}

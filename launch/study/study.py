@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -79,6 +79,7 @@ class Runner:
     _groups: set[int] = field(default_factory=set)
     """Process groups of jobs that are running."""
     _free: SimpleQueue[int | None] = field(default_factory=SimpleQueue)
+    _warnings: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for i in range(self.jobs):
@@ -105,7 +106,7 @@ class Runner:
             return
         gpu = self._free.get()
         try:
-            line = self._job(job, gpu)
+            line = self._job(job, gpu, bar)
         except (RuntimeError, OSError, ValueError) as error:
             with self._lock:
                 if not self._stop.is_set():
@@ -121,7 +122,7 @@ class Runner:
             bar.set_postfix_str(f"{job.task} {job.method} seed {job.seed} lr {job.lr:g}", refresh=False)
             bar.update()
 
-    def _job(self, job: Job, gpu: int | None) -> Options:
+    def _job(self, job: Job, gpu: int | None, bar: Any) -> Options:
         environment = environment_of(self.grid)
         with tempfile.TemporaryDirectory() as folder:
             if self.data != "hub":
@@ -142,7 +143,8 @@ class Runner:
                     start_new_session=True,
                 )
                 self._groups.add(process.pid)
-            output, _ = process.communicate()
+            output = "".join(self._heard(process.stdout, bar))
+            process.wait()
             with self._lock:
                 self._groups.discard(process.pid)
             if process.returncode or not result.exists():
@@ -150,6 +152,14 @@ class Runner:
             found = json.loads(result.read_text())
         settings, data = settings_of(self.grid, job), data_of(self.grid, job, self.data)
         return line_of(job, found, settings, data, time.strftime("%Y-%m-%d"))
+
+    def _heard(self, output: Iterable[str], bar: Any) -> Iterator[str]:
+        """`output`, with its warnings said as they come, each once: a job takes minutes, and a study hours."""
+        for line in output:
+            if line.startswith("WARNING:") and line not in self._warnings:
+                self._warnings.add(line)
+                bar.write(line.rstrip(), file=sys.stderr)
+            yield line
 
     def _append(self, line: str) -> None:
         """In one write, so that a crash leaves whole lines; on a new line, whatever a crash has left before it."""

@@ -50,6 +50,7 @@ def found(score: float) -> dict[str, Any]:
 STUB = """
 import json, os, sys, time
 seed = {seed}
+print("WARNING: too slow here")
 if seed == 2:
     sys.exit("no luck")
 if seed == {endless}:
