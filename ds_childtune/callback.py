@@ -142,7 +142,10 @@ class ChildTuningCallback(TrainerCallback):
         if self._waiting is not None and state.global_step >= self._select_at:
             engine, self._waiting = self._waiting, None
             self.child = attach(engine, self._config)
-            self._select(_trainer_of(self), kwargs.get("train_dataloader"))
+            trainer, loader = _trainer_of(self), kwargs.get("train_dataloader")
+            # The Trainer is in the middle of its own one. Workers that persist have one iterator: a second use would end the epoch.
+            own = self._batches is None and trainer is not None
+            self._select(trainer, trainer.get_train_dataloader() if own else loader)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs.get("logs")
