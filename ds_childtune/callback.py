@@ -12,16 +12,20 @@ unless a checkpoint has brought one.
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from ds_childtune.child.step_numbers import StepNumbers
 from ds_childtune.config import ChildTuningConfig, parse_config
+from ds_childtune.random_states import kept_random_states
+from ds_childtune.ranks import raising_together
 from ds_childtune.selection.loss import LossFunction
 from ds_childtune.tuner import ChildTuner, attach
 from ds_childtune.zero.engine import child_tuning_block, takes_steps, write_events
@@ -131,7 +135,7 @@ class ChildTuningCallback(TrainerCallback):
                 self.child.detach()
                 self.child = None
             else:
-                self._select(trainer, kwargs.get("train_dataloader"))
+                self._select(trainer, kwargs.get("train_dataloader"), state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.child is not None and self.child.chosen and _logs_after_next_step(args, state):
@@ -143,9 +147,19 @@ class ChildTuningCallback(TrainerCallback):
             engine, self._waiting = self._waiting, None
             self.child = attach(engine, self._config)
             trainer, loader = _trainer_of(self), kwargs.get("train_dataloader")
-            # The Trainer is in the middle of its own one. Workers that persist have one iterator: a second use would end the epoch.
-            own = self._batches is None and trainer is not None
-            self._select(trainer, trainer.get_train_dataloader() if own else loader)
+            if self._batches is None and trainer is not None:
+                # The Trainer is in the middle of its own one, whose epoch a second use may end: where workers persist, and where
+                # accelerate dispatches batches.
+                with kept_random_states():
+                    loader = trainer.get_train_dataloader()
+            self._select(trainer, loader, state)
+            # Checkpoints from before have no child, so none of them can be loaded at the end as the best one.
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # For a second `train()`, whose engine may load a checkpoint, too.
+        self._around.remove()
+        self._around = self._stand_around_initialize()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs.get("logs")
@@ -185,9 +199,9 @@ class ChildTuningCallback(TrainerCallback):
             )
         self.child = attach(engine, self._config)
 
-    def _select(self, trainer: Any, train_dataloader: Any) -> None:
+    def _select(self, trainer: Any, train_dataloader: Any, state: Any) -> None:
         assert self.child is not None
-        batches = self._batches if self._batches is not None else train_dataloader
+        batches = self._batches if self._batches is not None else _as_trained(trainer, train_dataloader, state)
         loss_fn = self._loss_fn
         if loss_fn is None and trainer is not None:
 
@@ -231,6 +245,25 @@ def _of_step(child: ChildTuner, found: StepNumbers | None, grad_norm: float | No
     if found is not None and found.update is not None:
         numbers["child_update"] = found.update
     return numbers
+
+
+def _as_trained(trainer: Any, loader: Any, state: Any) -> Any:
+    """The training batches that calibrate: all of the set, or of a stream, which may have no end, as many as are trained on.
+
+    Raises:
+        ValueError: on every rank, for a stream that can be read only once.
+    """
+    stream = getattr(trainer, "train_dataset", None)
+    if not isinstance(stream, torch.utils.data.IterableDataset):
+        return loader
+    with raising_together():
+        if iter(stream) is iter(stream):
+            raise ValueError(
+                "ChildTuningCallback: expected training data that can be read again, as the child is chosen on it before it is"
+                f" trained on, got {type(stream).__name__}, whose iterator is there once. Remedy:"
+                " ChildTuningCallback(batches=[...]), with calibration batches of their own."
+            )
+    return itertools.islice(_closed(loader), state.max_steps * trainer.args.gradient_accumulation_steps)
 
 
 def _closed(batches: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ def train(
     resume: str | bool | None = None,
     callback: dict[str, Any] | None = None,
     model: Any = tiny_gpt2,
+    data: Any = None,
     **options: Any,
 ) -> Run:
     with fresh_accelerate():
@@ -42,7 +44,7 @@ def train(
         before = whole_weights(module)
         line = ds_childtune.ChildTuningCallback(**(callback or {}))
         trainer = transformers.Trainer(
-            module, args, train_dataset=rows(40), eval_dataset=rows(8, seed=1), callbacks=[line]
+            module, args, train_dataset=data or rows(40), eval_dataset=rows(8, seed=1), callbacks=[line]
         )
         trainer.train(resume_from_checkpoint=resume)
         return run_of(trainer, line, before)
@@ -268,6 +270,85 @@ def test_a_trainer_that_has_an_engine_already(pool: RankPool, tmp_path: Path) ->
             assert "in an earlier evaluate(), predict() or train()" in said
             assert steps == 4, "those of another engine"
             check_masked(run, "again")
+
+
+def trained_on(folder: str, stage: int) -> Run:
+    """The same Trainer goes on from its own checkpoint, as in a notebook: the remedy of the error, and more steps."""
+    with fresh_accelerate():
+        args = arguments(folder, config(stage, COMPACT))
+        line, model = ds_childtune.ChildTuningCallback(), tiny_gpt2()
+        before = whole_weights(model)
+        trainer = transformers.Trainer(model, args, train_dataset=rows(40), callbacks=[line])
+        trainer.train()
+        first = run_of(trainer, line, before)
+        trainer.model_wrapped = trainer.model
+        trainer.args.max_steps = 6
+        trainer.train(resume_from_checkpoint=True)
+        second = run_of(trainer, line, before)
+        assert all(torch.equal(second.masks[n], first.masks[n]) for n in first.masks)
+        return second
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_trainer_goes_on_from_its_checkpoint(pool: RankPool, tmp_path: Path, stage: int) -> None:
+    for run in pool[2].run(trained_on, str(tmp_path), stage):
+        assert run.step == 6
+        check_masked(run, "second")
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    """Without an end."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.cycle(rows(40))
+
+
+class Once(Stream):
+    def __init__(self) -> None:
+        self.iterator = super().__iter__()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.iterator
+
+
+def streams(folder: str) -> tuple[dict[str, Run], str]:
+    def of(name: str, make: Any, **callback: Any) -> Run:
+        options: dict[str, Any] = {"data": make(), "max_steps": 6, "save_strategy": "no"}
+        if make is Once:  # else rank 0 reads for all, the iterator of this rank is not used
+            options["accelerator_config"] = {"dispatch_batches": False}
+        return train(f"{folder}/{name}", 2, COMPACT, callback=callback, **options)
+
+    runs = {"at once": of("at once", Stream), "later": of("later", Stream, select_at=2)}
+    with pytest.raises(ValueError, match="Remedy: ") as error:
+        of("once", Once)
+    runs["once"] = of("remedy", Once, batches=[dict(torch.utils.data.default_collate(rows(2)))])
+    return runs, str(error.value)
+
+
+def test_streams_of_training_data(pool: RankPool, tmp_path: Path) -> None:
+    """One without an end calibrates on as many batches as are trained on, and one that is there once is not used up."""
+    for runs, said in pool[2].run(streams, str(tmp_path)):
+        assert "ChildTuningCallback(batches=[...])" in said
+        assert runs["at once"].report.calibration_batches == 6 * 2 * 2, "steps, accumulation, ranks"
+        assert [runs[name].step for name in ("at once", "later", "once")] == [6, 4, 6]
+        for name in ("at once", "once"):
+            check_masked(runs[name], name)
+        # Accelerate's loader, which hands out batches from rank 0, is not disturbed in its epoch.
+        assert runs["later"].logs[-1]["epoch"] == runs["at once"].logs[-1]["epoch"]
+
+
+def best_is_the_first(folder: str, stage: int) -> Run:
+    """Before there is a child."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_steps": 1}
+    worst = {"metric_for_best_model": "loss", "greater_is_better": True}
+    return train(folder, stage, COMPACT, callback={"select_at": 2}, **options, **worst)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_best_model_has_the_child(pool: RankPool, tmp_path: Path, stage: int) -> None:
+    for run in pool[2].run(best_is_the_first, str(tmp_path), stage):
+        assert run.step in (1, 2), "of a step after the choice"
+        assert run.report.density == pytest.approx(0.3, abs=0.01)
 
 
 def two_on_one_model(folder: str) -> tuple[str, Run]:

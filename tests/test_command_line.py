@@ -454,6 +454,22 @@ def test_plan_of_any_world_size(llama_folder: Path, stage: int, world_size: int)
     assert found["child"]["checkpoint"] < found["plain"]["checkpoint"]
 
 
+@pytest.mark.parametrize("world_size", [2, 64])
+def test_plan_where_one_rank_has_most_of_the_child(llama_folder: Path, tmp_path: Path, world_size: int) -> None:
+    """Embeddings train in full and are on few ranks. What every rank has of the whole child does not grow with the ranks."""
+    block = {"mode": "ChildTuning-D", "reserve_p": 0.1, "optimizer_state": "compact"}
+    config = written(
+        tmp_path, CONFIG | {"gradient_clipping": 0, "zero_optimization": {"stage": 2}, "child_tuning": block}
+    )
+    found = answer("plan", llama_folder, "--config", config, "--world-size", world_size)
+    sizes = [p.numel() for p in transformers.LlamaForCausalLM(SMALL).parameters()]
+    child, steps = found["model"]["trained"], found["child"]["phases"]["steps"]
+    most = steps["kept"]["masters"] / 4
+    assert (most > 1.1 * child / world_size) == (world_size == 64), "vacuous: as much on all ranks"
+    assert 4 * most <= steps["kept"]["child"] <= 4 * most + sum(sizes) / 8 + world_size
+    assert 2 * child <= steps["moments"]["backward"] <= 2 * 1.05 * child + 2 * max(sizes) + 4 * most
+
+
 def test_what_plan_says_fits_does_fit(llama_folder: Path) -> None:
     """And the next larger p, fewer ranks, and lower stages do not."""
     small = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}, "bf16": {"enabled": True}}

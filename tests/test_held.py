@@ -122,6 +122,47 @@ def test_a_child_of_what_the_optimizer_holds(
     assert resumed.moved == part.moved or bf16
 
 
+def beside_a_frozen_group(
+    setup: Setup, block: dict[str, Any], first: bool, folder: str
+) -> tuple[Weights, Weights, Weights]:
+    """Weights before and after two steps, one of them after a load: a frozen block has a group of its own, or is not given."""
+    model = build(FAMILY)
+    for name, p in model.named_parameters():
+        p.requires_grad = not name.startswith(BLOCK)
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad == trains]} for trains in (False, True)]
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=groups if first else groups[1:], config=setup.config()
+    )
+    child = ds_childtune.attach(engine, block)
+    if block["mode"] == D["mode"]:
+        child.select(share(4, seed=1000))
+    before = model_weights(engine)
+    masks = {name: child.gather_mask(name) for name, p in engine.module.named_parameters() if p.requires_grad}
+    train_step(engine, share(2, seed=1))
+    engine.save_checkpoint(folder)
+    train_step(engine, share(2, seed=2))
+    after = model_weights(engine)
+    engine.load_checkpoint(folder)
+    train_step(engine, share(2, seed=2))
+    assert all(torch.equal(w, after[name]) for name, w in model_weights(engine).items()), "the checkpoint goes on"
+    engine.destroy()
+    return before, after, masks
+
+
+@pytest.mark.parametrize("block", [D, COMPACT, F], ids=["D", "D-compact", "F"])
+def test_a_group_that_is_frozen_as_a_whole(pool: RankPool, block: dict[str, Any], tmp_path: Path) -> None:
+    """DeepSpeed's ZeRO-3 passes over it. Training is as without it."""
+    setup = Setup(FAMILY, stage=3)
+    alone = pool[2].run(beside_a_frozen_group, setup, block, False, str(tmp_path / "a"))
+    beside = pool[2].run(beside_a_frozen_group, setup, block, True, str(tmp_path / "b"))
+    for (_, expected, _), (before, after, masks) in zip(alone, beside, strict=True):
+        assert all(torch.equal(w, after[name]) for name, w in expected.items())
+        assert moved(before, after) - in_block(before.keys()), "vacuous"
+        assert not in_block(moved(before, after))
+        if block["mode"] == D["mode"]:
+            assert not any(((after[n] != before[n]) & ~mask).any() for n, mask in masks.items())
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_free_masks_of_what_the_optimizer_holds(pool: RankPool, stage: int, tmp_path: Path) -> None:
     for part in pool[2].run(train_a_part, Setup(FAMILY, stage=stage), F, str(tmp_path), None):

@@ -10,8 +10,10 @@ a sub-group: at most sub_group_size. What is kept between steps:
     masters      4 S                   4 S                   4 C                   4 S               4 C
     moments      8 S                   8 S                   8 C                   8 S               8 C
     gradients    2 S                   2 S                   2 C                   none              none
-    child        none                  1 S: a mask           4 C: an index         none              4 C
+    child        none                  1 S: a mask           4 C, masks            none              4 C, masks
     buckets      2 reduce_bucket_size, all three             none                  none
+
+An index of a rank's own child, and the masks of all ranks': at most a bit for each element.
 
 With CPU offload masters, moments, scores and the fp32 gradients of a step are the host's (`Phase.host`), and at ZeRO-1 and 2 the
 buffer through which weights come back. There a compact child that sends itself has 4 C of index on both sides, and 2 C on the host
@@ -39,6 +41,8 @@ KINDS: tuple[Kind, ...] = ("weights", "gradients", "masters", "moments", "child"
 
 _TILE = 1 << 20
 """Elements that selection works on at a time."""
+_DEVICE_TILE = 1 << 24
+"""Elements that weights and gradients are indexed in at a time: `tile_of` of an accelerator."""
 _NONZERO_TILE = 1 << 24
 """Elements of a mask that become an int64 index at a time."""
 _INDEX, _FP32, _FP64, _INT64 = 4, 4, 8, 8
@@ -217,8 +221,8 @@ def _selection(own: Shares, run: Run, start: Phase) -> Phase:
         moments["index"] = before + mask + index
     live = sum(kept.values())
     if run.sends_child and run.stage < 3:
-        # This rank's indices, and its chunk of the row of all ranks' that is kept.
-        moments["sending indices"] = live + 2 * _INDEX * own.child
+        # This rank's own places and bits, beside all ranks' that are kept.
+        moments["sending masks"] = live + _INDEX * own.child + 2 * own.masks // run.world_size
     moments = {name: most - live for name, most in moments.items()}
     return Phase("selection", kept, moments, _host_with_child(own, run))
 
@@ -231,7 +235,7 @@ def _kept_in_steps(own: Shares, run: Run) -> dict[Kind, int]:
     kept["weights"] += _whole(own, run)
     if run.offload:
         if run.parts == "moments, masters and gradients":
-            kept["child"] = _INDEX * own.child * run.world_size
+            kept["child"] = _INDEX * own.child + own.masks
             kept["buckets"] = 0
         return kept
     kept["moments"] = run.moments * own.shard
@@ -250,7 +254,7 @@ def _kept_in_steps(own: Shares, run: Run) -> dict[Kind, int]:
             if run.sends_child:
                 kept["buckets"] = 0
         elif run.parts == "moments, masters and gradients":
-            kept["child"] = _INDEX * own.child * run.world_size  # every rank's
+            kept["child"] += own.masks
     return kept
 
 
@@ -263,11 +267,11 @@ def _steps(own: Shares, run: Run) -> Phase:
         backward = whole + bucket + run.weight * own.largest
         if run.parts == "moments, masters and gradients":
             # Of all ranks' children, and then this rank's chunk of the sum, and what it owns of that.
-            row = run.weight * own.child
-            backward = row * run.world_size + max(run.weight * own.largest, 2 * row)
+            chunk = run.weight * own.sent // run.world_size
+            backward = run.weight * own.sent + max(run.weight * own.largest, chunk + run.weight * own.child)
     elif run.stage == 3 and run.sends_child:
         # What is taken of gradients, the same by owner, and the bits of a parameter while they are read.
-        backward += 2 * run.weight * min(run.bucket, own.child * run.world_size) + 2 * min(own.largest, _TILE)
+        backward += 2 * run.weight * min(run.bucket, own.child * run.world_size) + 2 * min(own.largest, _DEVICE_TILE)
     elif run.stage == 0:
         backward = run.weight * own.trainable
     moments = {"forward": gathered["forward"], "backward": backward, "optimizer step": _in_the_step(own, run)}
@@ -279,8 +283,7 @@ def _in_the_step(own: Shares, run: Run) -> int:
     if run.offload and run.parts == "moments, masters and gradients":
         # DeepSpeed's norm, then new weights that have arrived, this rank's chunk and all ranks' new weights.
         owned = run.weight * own.child
-        tile = (_INT64 + run.weight) * min(_TILE, own.child)
-        return max((run.accumulated + _FP64) * own.child, owned + max(tile, owned * run.world_size + max(owned, tile)))
+        return max((run.accumulated + _FP64) * own.child, owned + max(_placing(own, run), _gathering(own, run)))
     if run.offload:
         return run.accumulated * own.shard if run.stage < 3 else 0
     gradients = 0 if run.stage == 0 and run.weight == _FP32 else run.master
@@ -296,10 +299,9 @@ def _in_the_step(own: Shares, run: Run) -> int:
     if run.parts == "moments, masters and gradients":
         # Beside new weights that will be sent: DeepSpeed's norm, the step, then this rank's chunk and all ranks' new weights.
         owned = run.weight * own.child
-        tile = (_INT64 + run.weight) * min(_TILE, own.child)  # scattered at once
         norm = (run.accumulated + _FP64) * own.child
-        stepped = max(run.accumulated * own.child, run.temporaries * own.child, tile) + _FP32 * own.child
-        return owned + max(norm, stepped, owned * run.world_size + max(owned, tile))
+        stepped = max(run.accumulated * own.child, run.temporaries * own.child, _placing(own, run)) + _FP32 * own.child
+        return owned + max(norm, stepped, _gathering(own, run))
     flat = 2 * run.accumulated * own.shard if run.stage else run.weight * own.trainable * (3 if gradients else 1)
     if run.parts == "moments and masters":
         stepped = _FP32 * own.child
@@ -307,3 +309,14 @@ def _in_the_step(own: Shares, run: Run) -> int:
     inside = _FP32 * own.child if run.parts else 0
     optimizer = run.temporaries * (own.child if run.parts else own.shard)
     return max(flat + gradients * own.shard, gradients * own.shard + inside + optimizer)
+
+
+def _placing(own: Shares, run: Run) -> int:
+    """ZeRO-1 and 2: of a tile, its places as int64, values, and bits as bools while they are read."""
+    bools = 2 * min(_DEVICE_TILE, own.largest) if own.masks else 0
+    return (_INT64 + run.weight) * min(_DEVICE_TILE, own.placed) + bools
+
+
+def _gathering(own: Shares, run: Run) -> int:
+    """ZeRO-1 and 2: all ranks' new weights, and this rank's chunk before or places after."""
+    return run.weight * own.sent + max(run.weight * own.sent // run.world_size, _placing(own, run))

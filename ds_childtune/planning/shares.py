@@ -42,7 +42,11 @@ class Shares:
     places: int
     """ZeRO-3 with compact gradients: child elements in partitions where they are few."""
     masks: int
-    """ZeRO-3: bytes of the masks of all ranks, see [Note: masks of all ranks]."""
+    """Bytes of the masks of all ranks, see [Note: masks of all ranks] and [Note: pieces]."""
+    placed: int
+    """ZeRO-1 and 2: of a rank's shard, inside the child, in parameters that are not inside as a whole."""
+    sent: int
+    """ZeRO-1 and 2: of all ranks' children, as the row that is sent, see [Note: the child in one row]."""
     persistent: int
     """ZeRO-3: elements of the small parameters that every rank has whole."""
     largest: int
@@ -60,7 +64,7 @@ def shares(outline: ModelOutline, run: Run) -> Shares:
     eligible = [float(w.name in outline.eligible) for w in held]
     ranks = run.world_size
     trainable = sum(numels)
-    places = masks = 0.0
+    places = masks = placed = sent = 0.0
     if run.stage == 3:
         parts = [-(-n // ranks) for n in numels]
         shard = sum(parts)
@@ -72,8 +76,14 @@ def shares(outline: ModelOutline, run: Run) -> Shares:
         masks = sum(ranks * min(-(-n // 8), 4 * d * n) for n, d in split)
     else:
         shard = trainable if run.stage == 0 else -(-trainable // ranks)
-        child = _most(numels, densities, shard)
-        scored = _most(numels, eligible, shard)
+        owned = _slices(numels, densities, shard)
+        child, scored = max(owned, default=0.0), max(_slices(numels, eligible, shard), default=0.0)
+        # A rank's are as many bytes as the longest has, and none for what is inside as a whole.
+        as_bytes = [min(1 / 8, 4 * d) * (d < 1) for d in densities]
+        masks = ranks * max(_slices(numels, as_bytes, shard), default=0.0) if ranks > 1 else 0.0
+        placed = max(_slices(numels, [d * (d < 1) for d in densities], shard), default=0.0)
+        padded = child * ranks
+        sent = padded if padded <= 1.05 * sum(owned) else sum(owned)
     small = [n for n in sizes if n <= run.persistence]
     return Shares(
         model=sum(sizes),
@@ -86,14 +96,16 @@ def shares(outline: ModelOutline, run: Run) -> Shares:
         scored=round(scored),
         places=round(places),
         masks=round(masks),
+        placed=round(placed),
+        sent=round(sent),
         persistent=sum(small) if run.stage == 3 else 0,
         largest=max(sizes, default=0),
         masked=round(scored),
     )
 
 
-def _most(numels: Sequence[int], weights: Sequence[float], width: int) -> float:
-    """The largest sum of weights over a slice of `width` elements, of those that tile the concatenated parameters."""
+def _slices(numels: Sequence[int], weights: Sequence[float], width: int) -> list[float]:
+    """The sums of weights over the slices of `width` elements that tile the concatenated parameters."""
     ends = list(accumulate(numels))
     sums = [0.0, *accumulate(n * w for n, w in zip(numels, weights, strict=True))]
 
@@ -104,4 +116,4 @@ def _most(numels: Sequence[int], weights: Sequence[float], width: int) -> float:
 
     total = ends[-1] if ends else 0
     starts = range(0, total, max(1, width))
-    return max((up_to(min(start + width, total)) - up_to(start) for start in starts), default=0.0)
+    return [up_to(min(start + width, total)) - up_to(start) for start in starts]

@@ -14,7 +14,6 @@ order are also in the order of their owners.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +23,7 @@ from torch import Tensor
 
 from ds_childtune.child.child_shard import index_dtype, put_
 from ds_childtune.child.tiles import tile_of
-
-_INDEX = 4
-"""Bytes of an index."""
+from ds_childtune.zero.bits import INDEX, bits_of, byte_count, places_of
 
 
 @dataclass(frozen=True)
@@ -100,22 +97,7 @@ class ParameterChild:
     def _places(self, first: int, rows: int, count: int) -> Tensor:
         """int64 [count]: the child's elements in the partitions of `rows` ranks from `first` on, from the first of these on."""
         assert self.bits is not None
-        bits = self.bits[first : first + rows]
-        # Eight bools for each byte, which is an eighth of the work of shifting bits.
-        mask = _bools(bits.device).index_select(0, bits.flatten().int()).view(torch.bool).view(len(bits), -1)
-        mask = mask[:, : self.partition].reshape(-1)
-        return torch.nonzero_static(mask, size=count).view(-1)
-
-
-def _shifts(device: torch.device) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=device)
-
-
-@functools.cache
-def _bools(device: torch.device) -> Tensor:
-    """int64 [256]: each byte's bits as eight bools, the lowest first."""
-    bits = torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(1).bitwise_right_shift(_shifts(device))
-    return bits.bitwise_and_(1).view(torch.int64).view(-1)
+        return places_of(self.bits[first : first + rows], self.partition, count)
 
 
 @dataclass(frozen=True)
@@ -152,13 +134,13 @@ class ChildMasks:
         return cls(parameters, sum(t.nbytes for t in (*bits, *indices)))
 
 
+def masks_note(nbytes: int) -> str:
+    """What `select` says of them."""
+    return f"every rank keeps the masks of all: {nbytes / 2**20:.1f} MiB"
+
+
 def _is_smaller_as_bits(part: OwnPart, kept: int, ranks: int) -> bool:
-    return 0 < kept < part.numel and ranks * _bytes(part) <= _INDEX * kept
-
-
-def _bytes(part: OwnPart) -> int:
-    """Of the bits of a partition."""
-    return -(-part.partition // 8)
+    return 0 < kept < part.numel and ranks * byte_count(part.partition) <= INDEX * kept
 
 
 def _gathered(row: Tensor, ranks: int, group: Any) -> Tensor:
@@ -174,12 +156,10 @@ def _shared_bits(parts: Sequence[OwnPart], device: torch.device, ranks: int, gro
     """[ranks, bytes] for each part: views of one tensor, which one collective fills."""
     if not parts:
         return []
-    widths = [_bytes(part) for part in parts]
+    widths = [byte_count(part.partition) for part in parts]
     row = torch.empty(sum(widths), dtype=torch.uint8, device=device)
     for part, out in zip(parts, row.split(widths), strict=True):
-        mask, index = torch.zeros(8 * out.numel(), dtype=torch.uint8, device=device), part.index()
-        put_(mask, index, torch.ones_like(index, dtype=torch.uint8))
-        out.copy_(mask.view(-1, 8).bitwise_left_shift_(_shifts(device)).sum(-1, dtype=torch.uint8))
+        out.copy_(bits_of(part.index(), part.partition))
     return list(_gathered(row, ranks, group).split(widths, dim=1))
 
 

@@ -37,6 +37,7 @@ from torch import Tensor
 from ds_childtune.child.child_shard import put_
 from ds_childtune.child.compact import Parts
 from ds_childtune.zero.child_layout import ChildLayout
+from ds_childtune.zero.child_masks import masks_note
 from ds_childtune.zero.compact_stage12 import ZeroTwoPlumbing
 from ds_childtune.zero.overrides import Overrides
 
@@ -70,6 +71,8 @@ class SendingPlumbing(ZeroTwoPlumbing):
     def _override(self) -> None:
         optimizer, put = self._optimizer, self._overrides
         self._layout = ChildLayout(optimizer, self._shards)
+        if self._layout.ranks > 1:
+            self.note = masks_note(self._layout.nbytes)
         for i, index in enumerate(self._layout.index):
             if (gradients := optimizer.averaged_gradients.get(i)) is not None:
                 whole = torch.cat([g.reshape(-1) for g in gradients])
@@ -119,7 +122,7 @@ class SendingPlumbing(ZeroTwoPlumbing):
             row = self._followed()
             gradient = (param.grad.to_dense() if param.grad.is_sparse else param.grad).reshape(-1)
             for piece in pieces:
-                row.narrow(0, piece.start, piece.index.numel()).add_(piece.of(gradient))
+                row.narrow(0, piece.start, piece.count).add_(piece.of(gradient))
         param.grad = None
 
     def _followed(self) -> Tensor:

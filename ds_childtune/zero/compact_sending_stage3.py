@@ -33,7 +33,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from ds_childtune.child.child_shard import ChildShard
-from ds_childtune.zero.child_masks import ChildMasks, OwnPart, ParameterChild
+from ds_childtune.zero.child_masks import ChildMasks, OwnPart, ParameterChild, masks_note
 from ds_childtune.zero.compact_stage3 import ZeroThreePlumbing
 from ds_childtune.zero.lean_start import parameters
 from ds_childtune.zero.secondary_copies import SecondaryCopies, copies_across_nodes
@@ -72,7 +72,7 @@ class SendingZeroThreePlumbing(ZeroThreePlumbing):
         if copies_across_nodes(held):
             copies = SecondaryCopies(optimizer, shards, held, masks.parameters)
             self._overrides.around(optimizer, "_post_step", copies.after_step)
-        self.note = f"every rank keeps the masks of all: {masks.nbytes / 2**20:.1f} MiB"
+        self.note = masks_note(masks.nbytes)
 
     def _override(self) -> None:
         optimizer, put = self._optimizer, self._overrides

@@ -28,6 +28,11 @@ def check_engine(given: object) -> None:
         remedy = "pass callbacks=[ds_childtune.ChildTuningCallback()] to it; or attach to its .model_wrapped, once training has begun"
     elif hasattr(given, "prepare") and hasattr(given, "state"):
         remedy = "attach to the model that its prepare() returned"
+    elif isinstance(given, nn.parallel.DistributedDataParallel):
+        remedy = (
+            "train with DeepSpeed; accelerate's prepare() returns this where it does not: Accelerator(deepspeed_plugin=...), or"
+            " `accelerate launch --use_deepspeed`"
+        )
     elif isinstance(given, nn.Module):
         remedy = (
             "attach to the engine around it: what deepspeed.initialize or accelerator.prepare returned, or trainer.model_wrapped"
@@ -53,11 +58,16 @@ def _engine_class() -> type:
 def missing_groups(engine: Engine) -> str | None:
     """What is wrong when the base optimizer has not the param groups any more that ZeRO took over, or None."""
     optimizer, groups = engine.optimizer, wrapped_groups(engine)
-    found = len(base_optimizer(engine).param_groups)
+    theirs = base_optimizer(engine).param_groups
     if groups is None:
         return None
-    sub_groups = optimizer.sub_group_to_group_id if wrapper_of(engine) is Wrapper.ZERO_3 else None
-    expected = len(groups) if sub_groups is None else len(set(sub_groups.values()))
+    if wrapper_of(engine) is Wrapper.ZERO_3:
+        # It passes over a group that is frozen as a whole, and empties the others.
+        known = set(optimizer.sub_group_to_group_id.values())
+        trains = [i in known or any(p.requires_grad for p in group["params"]) for i, group in enumerate(theirs)]
+        expected, found = len(known), sum(trains)
+    else:
+        expected, found = len(groups), len(theirs)
     if expected == found:
         return None
     what = f"expected the {expected} param groups that deepspeed.initialize was given, got {found}"
