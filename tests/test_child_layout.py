@@ -25,13 +25,15 @@ def padded(tensors: list[Tensor], ranks: int) -> Tensor:
     return torch.nn.functional.pad(flat, (0, -flat.numel() % ranks))
 
 
-def there_and_back(densities: list[list[float]], tile: int) -> tuple[list[Tensor], list[Tensor], set[str], int]:
+def there_and_back(
+    densities: list[list[float]], tile: int, groups: list[list[int]] = GROUPS
+) -> tuple[list[Tensor], list[Tensor], set[str], int]:
     """Each time what came out and what was expected; the forms of other ranks' pieces; bytes of all masks."""
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     draw = torch.Generator().manual_seed(0)
     masks, news, grads = [], [], []
-    for sizes, of in zip(GROUPS, densities, strict=True):
+    for sizes, of in zip(groups, densities, strict=True):
         masks.append([torch.rand(n, generator=draw) < p for n, p in zip(sizes, of, strict=True)])
         news.append([torch.randn(n, generator=draw) for n in sizes])
         grads.append([torch.randn(n, generator=draw) for n in sizes])
@@ -42,7 +44,7 @@ def there_and_back(densities: list[list[float]], tile: int) -> tuple[list[Tensor
         partition_size=[mask.numel() // ranks for mask in flat_masks],
         bit16_groups_flat=[torch.zeros(mask.numel()) for mask in flat_masks],
         round_robin_bit16_groups=grads,
-        round_robin_bit16_offsets=[[sum(sizes[:i]) for i in range(len(sizes))] for sizes in GROUPS],
+        round_robin_bit16_offsets=[[sum(sizes[:i]) for i in range(len(sizes))] for sizes in groups],
     )
     shards = [SimpleNamespace(index=part[rank].nonzero().view(-1).int()) for part in parts]
     with mock.patch.object(child_layout, "tile_of", return_value=tile):
@@ -95,3 +97,9 @@ def test_nothing_and_everything(pool: RankPool, density: float) -> None:
     for found, expected, _, nbytes in pool[4].run(there_and_back, of, 64):
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
         assert nbytes == 0
+
+
+def test_a_rank_that_owns_only_padding(pool: RankPool) -> None:
+    for found, expected, _, _ in pool[4].run(there_and_back, [[1.0, 0.5]], 64, [[1, 2]]):
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        assert any(one.any() for one in found), "vacuous"

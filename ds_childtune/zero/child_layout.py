@@ -283,7 +283,7 @@ class ChildLayout:
         """
         own = spans[self.rank]
         mine = list(self._own_places(own))
-        found = torch.tensor([places.numel() for places in mine], device=self.device)
+        found = torch.tensor([places.numel() for places in mine], dtype=torch.int64, device=self.device)
         counts = [row.tolist() for (row,) in self._shared([found], [[len(of)] for of in spans])]
         forms = [[_form(*each) for each in zip(*of, strict=True)] for of in zip(spans, counts, strict=True)]
         local = [
