@@ -704,7 +704,7 @@ def attach_to_others() -> dict[str, str]:
 def test_what_is_not_an_engine(pool: RankPool) -> None:
     words = {
         "module": "got OddModel. Remedy: attach to the engine around it",
-        "ddp": "got DistributedDataParallel. Remedy: attach to the engine around it",
+        "ddp": "got DistributedDataParallel. Remedy: train with DeepSpeed; accelerate",
         "wrapper": "got Wrapper. Remedy: attach to the DeepSpeedEngine in its .engine",
         "tuple": "got tuple. Remedy: attach to the first of what deepspeed.initialize returned",
         "accelerator": "got Preparer. Remedy: attach to the model that its prepare() returned",
