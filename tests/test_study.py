@@ -97,8 +97,8 @@ def test_the_page_shows_the_committed_results_and_no_others() -> None:
 
 SECOND = {
     "lm": ("tuning", "forgetting"),
-    "regime": ("spread",),
     "bytes_glue": ("tuning", "report"),
+    "regime": ("spread",),
     "flipped": ("spread",),
     "regime_cola": ("spread",),
     "together": ("together",),
