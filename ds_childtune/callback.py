@@ -253,16 +253,17 @@ def _as_trained(trainer: Any, loader: Any, state: Any) -> Any:
     Raises:
         ValueError: on every rank, for a stream that can be read only once.
     """
-    stream = getattr(trainer, "train_dataset", None)
-    if not isinstance(stream, torch.utils.data.IterableDataset):
-        return loader
-    with raising_together():
-        if iter(stream) is iter(stream):
+    with raising_together():  # on every rank: where rank 0 reads for all, the others may have another data set
+        data: Any = getattr(trainer, "train_dataset", None)
+        streams = isinstance(data, torch.utils.data.IterableDataset)
+        if streams and iter(data) is iter(data):
             raise ValueError(
                 "ChildTuningCallback: expected training data that can be read again, as the child is chosen on it before it is"
-                f" trained on, got {type(stream).__name__}, whose iterator is there once. Remedy:"
+                f" trained on, got {type(data).__name__}, whose iterator is there once. Remedy:"
                 " ChildTuningCallback(batches=[...]), with calibration batches of their own."
             )
+    if not streams:
+        return loader
     return itertools.islice(_closed(loader), state.max_steps * trainer.args.gradient_accumulation_steps)
 
 

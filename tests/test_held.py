@@ -153,9 +153,9 @@ def beside_a_frozen_group(
 def test_a_group_that_is_frozen_as_a_whole(pool: RankPool, block: dict[str, Any], tmp_path: Path) -> None:
     """DeepSpeed's ZeRO-3 passes over it. Training is as without it."""
     setup = Setup(FAMILY, stage=3)
-    alone = pool[2].run(beside_a_frozen_group, setup, block, False, str(tmp_path / "a"))
+    without = pool[2].run(beside_a_frozen_group, setup, block, False, str(tmp_path / "a"))
     beside = pool[2].run(beside_a_frozen_group, setup, block, True, str(tmp_path / "b"))
-    for (_, expected, _), (before, after, masks) in zip(alone, beside, strict=True):
+    for (_, expected, _), (before, after, masks) in zip(without, beside, strict=True):
         assert all(torch.equal(w, after[name]) for name, w in expected.items())
         assert moved(before, after) - in_block(before.keys()), "vacuous"
         assert not in_block(moved(before, after))

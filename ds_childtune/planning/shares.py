@@ -19,6 +19,9 @@ from ds_childtune.planning.run import Run
 _FEW = 1 << 16
 """As in `zero/compact_stage3.py`: a child of no more elements in a partition has its places there kept."""
 
+_PADDED = 1.05
+"""As in `zero/child_layout.py`: how much longer than the child a padded row may be."""
+
 
 @dataclass(frozen=True)
 class Shares:
@@ -83,7 +86,7 @@ def shares(outline: ModelOutline, run: Run) -> Shares:
         masks = ranks * max(_slices(numels, as_bytes, shard), default=0.0) if ranks > 1 else 0.0
         placed = max(_slices(numels, [d * (d < 1) for d in densities], shard), default=0.0)
         padded = child * ranks
-        sent = padded if padded <= 1.05 * sum(owned) else sum(owned)
+        sent = padded if padded <= _PADDED * sum(owned) else sum(owned)
     small = [n for n in sizes if n <= run.persistence]
     return Shares(
         model=sum(sizes),
