@@ -34,3 +34,4 @@ run regime_cola 1,2,3,4,5
 run regime 6,7,8,9,10
 lm "DoRA r=16" 1,2,3
 lm "contrast p=.05 x 0.2,ChildTuning-D p=.05 x 0.4" 1,2,3
+run lm_instruct 1

