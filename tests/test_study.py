@@ -97,6 +97,7 @@ def test_the_page_shows_the_committed_results_and_no_others() -> None:
 
 SECOND = {
     "lm": ("tuning", "forgetting"),
+    "lm_instruct": ("learning",),
     "bytes_glue": ("tuning", "report"),
     "regime": ("spread",),
     "flipped": ("spread",),

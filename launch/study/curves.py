@@ -82,16 +82,22 @@ def level_of(full: Run, share: float = SHARE) -> float:
 
 
 def state_bytes(result: Options, peft: bool) -> float:
-    """Of trainable state: 12 for an element's fp32 master and two moments, 2 more for a 16-bit adapter, 4 more for a child's index."""
+    """Of trainable state: 12 for an element's fp32 master and two moments, its own 2 or 4 more for an adapter, 4 more for a child's
+    index."""
     child = result["settings"].get("method") == "ChildTuning-D"
     elements = result["trainable"] * (result["density"] if child else 1)
-    return float(elements * (12 + 2 * peft + 4 * child))
+    return float(elements * (12 + width_of(result) * peft + 4 * child))
 
 
 def sent_bytes(result: Options) -> float:
-    """What a rank of many sends in a step at ZeRO-2: 4 for each trainable element's 16-bit gradient (all-reduced), 2 for its gathered
-    weight. A child's gradients and weights are sent whole."""
-    return float(result["trainable"] * 6)
+    """What a rank of many sends in a step at ZeRO-2: a trainable element's gradient twice (all-reduced), and its gathered weight once.
+    A child's gradients and weights are sent whole."""
+    return float(result["trainable"] * 3 * width_of(result))
+
+
+def width_of(result: Options) -> int:
+    """Bytes of a weight."""
+    return 2 if result["bf16"] else 4
 
 
 def bytes_of(run: Run) -> float:
@@ -110,6 +116,19 @@ def lora_at(bytes_: float, small: Run, large: Run) -> float:
 
 def table(grid: Grid, runs: Runs) -> list[Row]:
     """A row for each arm: rate, seeds, bytes, what it learnt, and what it forgot where it had learnt as much as the others."""
+    figures = (("bbc", "loss"), ("brown", "loss"), ("answers", "loss"), ("answers", "kl"))
+    header, *rows = learning(grid, runs)
+    made = [[*header, "BBC NLL at 80 %", "Brown NLL", "answers' NLL", "answers' KL"]]
+    for row in rows:
+        of = runs[row[0]].items()
+        forgot = [[at_level(run.curve(*f), level_of(runs[FULL][seed])) for seed, run in of] for f in figures]
+        made.append([*row, *map(reached, forgot)])
+    return made
+
+
+def learning(grid: Grid, runs: Runs) -> list[Row]:
+    """A row for each arm: rate, seeds, bytes, and what it learnt."""
+    (task,) = grid.tasks
     header = [
         "arm",
         "lr",
@@ -117,12 +136,8 @@ def table(grid: Grid, runs: Runs) -> list[Row]:
         "state, bytes a parameter",
         "masters and moments, measured",
         "sent a step, bytes a parameter",
-        "R8 NLL at the end",
+        f"{task.upper()} NLL at the end",
         "share of full's gain",
-        "BBC NLL at 80 %",
-        "Brown NLL",
-        "answers' NLL",
-        "answers' KL",
     ]
     rows = [header]
     for method in (m for m in grid.methods if m in runs):
@@ -139,10 +154,6 @@ def table(grid: Grid, runs: Runs) -> list[Row]:
                 f"{sent_bytes(one.result) / whole:.2f}",
                 spread([run.learnt for run in of.values()]),
                 spread([run.gain / runs[FULL][seed].gain for seed, run in of.items()]),
-                *(
-                    reached([at_level(run.curve(*figure), level_of(runs[FULL][seed])) for seed, run in of.items()])
-                    for figure in (("bbc", "loss"), ("brown", "loss"), ("answers", "loss"), ("answers", "kl"))
-                ),
             ]
         )
     return rows
@@ -150,9 +161,9 @@ def table(grid: Grid, runs: Runs) -> list[Row]:
 
 def at_the_edge(grid: Grid, method: str, lr: float) -> str:
     """A mark for a rate that is the lowest or highest of those tried."""
-    if tuned_as(grid, method) != method:
-        return ""
     rates = tried(grid, method)
+    if tuned_as(grid, method) != method or not rates:
+        return ""
     return " (lowest tried)" if lr == min(rates) else " (highest tried)" if lr == max(rates) else ""
 
 

@@ -5,9 +5,10 @@
     git clone https://github.com/openai/grade-school-math PACKAGES/grade-school-math
     PYTHONPATH=PACKAGES python launch/study/prepare_lm.py PACKAGES FOLDER
 
-With `--only r8,bbc` the last two packages are not needed. FOLDER then holds `smollm2` (a transformers folder), and for each text json lines
-with a column `text`: `r8/train.jsonl`, `r8/validation.jsonl`, `bbc/calibration.jsonl`, `bbc/validation.jsonl`,
-`brown/validation.jsonl`; and with a column `prompt` as well `answers/validation.jsonl`, `gsm8k/train.jsonl` and `gsm8k/validation.jsonl`.
+With `--only r8,bbc` the last two packages are not needed. FOLDER then holds `smollm2` (a transformers folder), and for each text
+json lines with a column `text`: `r8/train.jsonl`, `r8/validation.jsonl`, `bbc/calibration.jsonl`, `bbc/validation.jsonl`,
+`brown/validation.jsonl`; and with a column `prompt` as well: `answers/validation.jsonl`, `gsm8k/train.jsonl`,
+`gsm8k/validation.jsonl`.
 """
 
 from __future__ import annotations

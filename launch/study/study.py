@@ -284,7 +284,7 @@ def spread(
     results_file: Annotated[Path, typer.Argument(help="Its results.")],
 ) -> None:
     """Print part B's table in Markdown: mean, spread and failed runs beside vanilla fine-tuning."""
-    _print_table(grid_file, results_file, regime.HEADER, regime.rows)
+    _print_table(grid_file, results_file, lambda *of: [regime.HEADER, *regime.rows(*of)])
 
 
 def together(
@@ -292,7 +292,15 @@ def together(
     results_file: Annotated[Path, typer.Argument(help="Its results.")],
 ) -> None:
     """Print part C's table in Markdown: each technique by itself, and with a child."""
-    _print_table(grid_file, results_file, part_c.HEADER, part_c.rows)
+    _print_table(grid_file, results_file, lambda *of: [part_c.HEADER, *part_c.rows(*of)])
+
+
+def learning(
+    grid_file: Annotated[Path, typer.Argument(help="YAML file of the grid, lm_instruct.yaml.")],
+    results_file: Annotated[Path, typer.Argument(help="Its results.")],
+) -> None:
+    """Print part 0's table in Markdown: what each arm learnt, and its bytes."""
+    _print_table(grid_file, results_file, lambda grid, results: curves.learning(grid, curves.runs_of(grid, results)))
 
 
 def tuning(
@@ -304,10 +312,10 @@ def tuning(
     _print_markdown([TUNING_HEADER, *tuning_rows(grid, read_results(results_file, grid))])
 
 
-def _print_table(grid_file: Path, results_file: Path, header: list[str], rows_: RowsOf) -> None:
+def _print_table(grid_file: Path, results_file: Path, rows_: RowsOf) -> None:
     grid = read_grid(grid_file)
     results = read_results(results_file, grid)
-    _print_markdown([header, *rows_(grid, results)])
+    _print_markdown(rows_(grid, results))
     print(f"\n{_hours(results)}")
 
 
@@ -343,6 +351,7 @@ if __name__ == "__main__":
     app.command()(run)
     app.command()(report)
     app.command()(forgetting)
+    app.command()(learning)
     app.command()(spread)
     app.command()(together)
     app.command()(tuning)
