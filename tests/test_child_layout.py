@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_childtune.zero import child_layout
+from ds_childtune.zero import pieces as shared
 from ds_childtune.zero.child_layout import ChildLayout
 from tests.support.ranks import RankPool
 
@@ -47,7 +47,7 @@ def there_and_back(
         round_robin_bit16_offsets=[[sum(sizes[:i]) for i in range(len(sizes))] for sizes in groups],
     )
     shards = [SimpleNamespace(index=part[rank].nonzero().view(-1).int()) for part in parts]
-    with mock.patch.object(child_layout, "tile_of", return_value=tile):
+    with mock.patch.object(shared, "tile_of", return_value=tile):
         layout = ChildLayout(optimizer, shards)  # type: ignore[arg-type]
 
     row = torch.zeros(layout.numel)

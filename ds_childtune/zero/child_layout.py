@@ -1,4 +1,4 @@
-"""Where every rank's child lies at ZeRO 1 and 2: which elements of each parameter's gradient go to which rank.
+"""How the child is sent at ZeRO 1 and 2: in one row, of which each rank has a chunk.
 
 [Note: the child in one row]
 At ZeRO 1 and 2 a rank owns one partition of each group's flat buffer, and of that the child's elements. Every rank has whole
@@ -18,11 +18,7 @@ whose chunks they are in to their owners, and weights back:
 Gloo's reduce-scatter is an all-reduce inside, which sends twice as much. There ranks exchange chunks and add them up, in fp32. And its
 exchanges use one direction of a link at a time, so a row is sent in segments, a few of them side by side.
 
-[Note: pieces]
-So a rank must know the child of all. A piece is what one rank owns of one parameter, cut into tiles. A piece of this rank has its
-child shard's index. Of others' pieces ranks share, once, the smaller of bits and an int32 index, as at ZeRO-3 (see [Note: masks of all
-ranks]). A piece that is inside the child as a whole needs neither. That is at most an eighth of a byte for each element of the model,
-however many ranks there are.
+Each owner's part is made of pieces: see [Note: pieces].
 """
 
 from __future__ import annotations
@@ -31,66 +27,13 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_childtune.child.child_shard import ChildShard, put_
-from ds_childtune.child.tiles import tile_of
-from ds_childtune.zero.bits import INDEX, bits_of, byte_count, places_of
-
-Form = Literal["bits", "index", "none"]
-
-
-@dataclass(frozen=True)
-class Span:
-    """What one rank owns of one parameter, or a tile of it: its elements, in the child or not."""
-
-    param: Any
-    group: int
-    param_start: int
-    """Element of the parameter where it begins."""
-    shard_start: int
-    """Element of the owner's flat shard where it begins."""
-    numel: int
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The child's elements in a span. See [Note: pieces]."""
-
-    span: Span
-    start: int
-    """In the row."""
-    count: int
-    index: Tensor | None = None
-    """1-D [count], ascending; from the beginning of the flat shard where it is this rank's, else of the span."""
-    offset: int = 0
-    """What `index` counts from: an element of the span's flat shard, or 0."""
-    bits: Tensor | None = None
-    """uint8 [byte_count(span.numel)]"""
-
-    def of(self, gradient: Tensor) -> Tensor:
-        """The child's elements of the parameter's flattened gradient. May be a view."""
-        part = gradient.narrow(0, self.span.param_start, self.span.numel)
-        return part if self.count == self.span.numel else part.index_select(0, self._places())
-
-    def put(self, shard: Tensor, row: Tensor) -> None:
-        """From the row into the owner's flat shard, both 1-D."""
-        part = shard.narrow(0, self.span.shard_start, self.span.numel)
-        values = row.narrow(0, self.start, self.count).to(shard.dtype)
-        if self.count == self.span.numel:
-            part.copy_(values)
-        else:
-            part.index_copy_(0, self._places().long(), values)
-
-    def _places(self) -> Tensor:
-        """In the span; without a wait for the device."""
-        if self.bits is not None:
-            return places_of(self.bits.unsqueeze(0), self.span.numel, self.count)
-        assert self.index is not None
-        return self.index - self.offset if self.offset else self.index
+from ds_childtune.zero.pieces import Piece, shared_pieces
 
 
 @dataclass(frozen=True)
@@ -156,12 +99,10 @@ class ChildLayout:
         dist.all_gather_into_tensor(counts, mine, group=self._group)
         self._counts: list[list[int]] = counts.view(self.ranks, -1).tolist()
         self._cut = Cut.of([sum(row) for row in self._counts])
-        self.nbytes = 0
-        """What all ranks' masks take, on this rank."""
         self.index = [shard.index.to(self.device) for shard in shards]
         """The places of this rank's child in its partition, by group: on the device of the parameters."""
-        spans = [list(_spans(optimizer, self._sizes, owner, tile_of(self.device))) for owner in range(self.ranks)]
-        self._of_owner = list(self._shared_pieces(spans))
+        self._of_owner, self.nbytes = shared_pieces(optimizer, self.index, self._cut.starts)
+        """Every rank's pieces, and the bytes that their masks take on this rank."""
         self.pieces: dict[int, list[Piece]] = {}
         """By the parameter's id; none where it has no element of the child."""
         for piece in itertools.chain.from_iterable(self._of_owner):
@@ -274,91 +215,6 @@ class ChildLayout:
                 yield _ended(*running.popleft())
         while running:
             yield _ended(*running.popleft())
-
-    def _shared_pieces(self, spans: Sequence[Sequence[Span]]) -> Iterator[list[Piece]]:
-        """Of each rank. A collective.
-
-        Args:
-            spans: of each rank, in the order of its child in the row.
-        """
-        own = spans[self.rank]
-        mine = list(self._own_places(own))
-        found = torch.tensor([places.numel() for places in mine], dtype=torch.int64, device=self.device)
-        counts = [row.tolist() for (row,) in self._shared([found], [[len(of)] for of in spans])]
-        forms = [[_form(*each) for each in zip(*of, strict=True)] for of in zip(spans, counts, strict=True)]
-        local = [
-            (form, span.numel, places - span.shard_start)
-            for form, span, places in zip(forms[self.rank], own, mine, strict=True)
-        ]
-        packed = [bits_of(places, numel) for form, numel, places in local if form == "bits"]
-        listed = [places.int() for form, _, places in local if form == "index"]
-        widths = _only([[byte_count(span.numel) for span in of] for of in spans], forms, "bits")
-        lengths = _only(counts, forms, "index")
-        if self.ranks > 1:
-            self.nbytes = self.ranks * (max(map(sum, widths)) + INDEX * max(map(sum, lengths)))
-        bits = self._shared(packed or [found.new_empty(0, dtype=torch.uint8)], widths)
-        index = self._shared(listed or [found.new_empty(0, dtype=torch.int32)], lengths)
-        for owner, of in enumerate(spans):
-            start, bits_left, index_left = self._cut.starts[owner], iter(bits[owner]), iter(index[owner])
-            pieces = []
-            for i, (span, count, form) in enumerate(zip(of, counts[owner], forms[owner], strict=True)):
-                if owner == self.rank:
-                    piece = Piece(span, start, count, index=mine[i], offset=span.shard_start)
-                elif form == "index":
-                    piece = Piece(span, start, count, index=next(index_left))
-                else:
-                    piece = Piece(span, start, count, bits=next(bits_left) if form == "bits" else None)
-                if count:
-                    pieces.append(piece)
-                start += count
-            yield pieces
-
-    def _own_places(self, spans: Sequence[Span]) -> Iterator[Tensor]:
-        """The child's elements in each span of this rank, in its flat shard. The host waits for the device once for each group."""
-        for group, of in itertools.groupby(spans, key=lambda span: span.group):
-            index = self.index[group]
-            ends = [(span.shard_start, span.shard_start + span.numel) for span in of]
-            bounds = torch.tensor(ends, dtype=index.dtype, device=index.device)
-            for first, last in torch.searchsorted(index, bounds.view(-1)).view(-1, 2).tolist():
-                yield index[first:last]
-
-    def _shared(self, parts: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> list[Sequence[Tensor]]:
-        """Each rank's parts, of these sizes. A collective."""
-        from deepspeed import comm as dist
-
-        row, longest = torch.cat(list(parts)), max(map(sum, sizes))
-        rows = torch.nn.functional.pad(row, (0, longest - row.numel()))
-        if self.ranks > 1 and longest:
-            matrix = row.new_empty(self.ranks * longest)
-            dist.all_gather_into_tensor(matrix, rows, group=self._group)
-            rows = matrix
-        return [
-            each[: sum(of)].split(list(of)) if of else ()
-            for each, of in zip(rows.view(self.ranks, longest), sizes, strict=True)
-        ]
-
-
-def _spans(optimizer: Any, sizes: Sequence[int], owner: int, tile: int) -> Iterator[Span]:
-    """Of one rank, in the order of its child in the row."""
-    for group, (params, offsets) in enumerate(
-        zip(optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets, strict=True)
-    ):
-        before = owner * sizes[group]
-        for param, offset in zip(params, offsets, strict=True):
-            end = min(offset + param.numel() - before, sizes[group])
-            for start in range(max(offset - before, 0), end, tile):
-                yield Span(param, group, start + before - offset, start, min(tile, end - start))
-
-
-def _form(span: Span, count: int) -> Form:
-    """In which ranks share the child's elements in a span."""
-    if count in (0, span.numel):
-        return "none"
-    return "bits" if byte_count(span.numel) <= INDEX * count else "index"
-
-
-def _only(numbers: Sequence[Sequence[int]], forms: Sequence[Sequence[Form]], form: Form) -> list[list[int]]:
-    return [[n for n, f in zip(*of, strict=True) if f == form] for of in zip(numbers, forms, strict=True)]
 
 
 def _ended(segment: slice, handle: Any, filled: Tensor) -> tuple[slice, Tensor]:
