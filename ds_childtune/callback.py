@@ -2,11 +2,10 @@
 
 [Note: one line in a Trainer]
 In a Trainer's `train()` the order is: `deepspeed.initialize`, the checkpoint's load, `on_train_begin`, the first forward pass. A child
-has to be attached between the first two, so that the Trainer's own load brings it, and no event lies there. So from its
-construction until `on_train_begin` the callback stands around `deepspeed.initialize`, and attaches a child to its Trainer's engine as
-it is made. Other engines are passed on: the reference model's of preference tuning, and those that another Trainer or nobody's
-Trainer makes. `on_train_begin` then takes itself away from `deepspeed.initialize`, and selects a child from the training set,
-unless a checkpoint has brought one.
+has to be attached between the first two, so that the Trainer's own load brings it, and no event lies there. So as long as it is
+there the callback stands around `deepspeed.initialize`, and attaches a child to its Trainer's engine as it is made: at each `train()`,
+also after one that was interrupted. Other engines are passed on: the reference model's of preference tuning, and those that another
+Trainer or nobody's Trainer makes. `on_train_begin` then selects a child from the training set, unless a checkpoint has brought one.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from ds_childtune.selection.loss import LossFunction
 from ds_childtune.tuner import ChildTuner, attach
 from ds_childtune.zero.engine import child_tuning_block, takes_steps, write_events
 from ds_childtune.zero.initialize import around_initialize
-from ds_childtune.zero.overrides import Overrides
 
 
 class ChildTuningCallback(TrainerCallback):
@@ -77,11 +75,11 @@ class ChildTuningCallback(TrainerCallback):
         self._logged: dict[str, float] = {}
         """What goes into the next line of logs."""
         self.child = None
-        self._around = self._stand_around_initialize()
+        self._stand_around_initialize()
 
     # ---------------------------------------------------------------- deepspeed.initialize
 
-    def _stand_around_initialize(self) -> Overrides:
+    def _stand_around_initialize(self) -> None:
         me = weakref.ref(self)
 
         def take(engine: Any) -> None:
@@ -96,10 +94,7 @@ class ChildTuningCallback(TrainerCallback):
             given = callback._config
             return config.get("child_tuning") if given is None else given.model_dump(mode="json", exclude_unset=True)
 
-        around = around_initialize(take, block)
-        # A callback that never comes to train leaves nothing behind.
-        weakref.finalize(self, around.remove)
-        return around
+        weakref.finalize(self, around_initialize(take, block).remove)
 
     def _take(self, engine: Any) -> None:
         """Attach a child to an engine that was just made, if it is the Trainer's."""
@@ -121,7 +116,8 @@ class ChildTuningCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = _trainer_of(self)
         _refuse_an_earlier_engine(trainer)
-        self._around.remove()
+        # An earlier train() may have been interrupted.
+        self._waiting, self._measures, self._logged = None, False, {}
         if self.child is None or self.child.engine is not getattr(trainer, "model_wrapped", self.child.engine):
             self._attach_late(trainer)
         assert self.child is not None
@@ -155,11 +151,6 @@ class ChildTuningCallback(TrainerCallback):
             self._select(trainer, loader, state)
             # Checkpoints from before have no child, so none of them can be loaded at the end as the best one.
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # For a second `train()`, whose engine may load a checkpoint, too.
-        self._around.remove()
-        self._around = self._stand_around_initialize()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs.get("logs")

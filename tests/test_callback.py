@@ -272,14 +272,28 @@ def test_a_trainer_that_has_an_engine_already(pool: RankPool, tmp_path: Path) ->
             check_masked(run, "again")
 
 
-def trained_on(folder: str, stage: int) -> Run:
+class Interrupts(transformers.TrainerCallback):
+    """As Ctrl-C in a notebook, in the fourth step, where the checkpoint is of the second."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def trained_on(folder: str, stage: int, *, interrupted: bool) -> Run:
     """The same Trainer goes on from its own checkpoint, as in a notebook: the remedy of the error, and more steps."""
     with fresh_accelerate():
         args = arguments(folder, config(stage, COMPACT))
         line, model = ds_childtune.ChildTuningCallback(), tiny_gpt2()
         before = whole_weights(model)
         trainer = transformers.Trainer(model, args, train_dataset=rows(40), callbacks=[line])
-        trainer.train()
+        if interrupted:
+            trainer.add_callback(Interrupts)
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+            trainer.remove_callback(Interrupts)
+        else:
+            trainer.train()
         first = run_of(trainer, line, before)
         trainer.model_wrapped = trainer.model
         trainer.args.max_steps = 6
@@ -289,9 +303,10 @@ def trained_on(folder: str, stage: int) -> Run:
         return second
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_trainer_goes_on_from_its_checkpoint(pool: RankPool, tmp_path: Path, stage: int) -> None:
-    for run in pool[2].run(trained_on, str(tmp_path), stage):
+def test_a_trainer_goes_on_from_its_checkpoint(pool: RankPool, tmp_path: Path, stage: int, interrupted: bool) -> None:
+    for run in pool[2].run(trained_on, str(tmp_path), stage, interrupted=interrupted):
         assert run.step == 6
         check_masked(run, "second")
 
