@@ -146,7 +146,7 @@ class ChildTuningCallback(TrainerCallback):
             if self._batches is None and trainer is not None:
                 # The Trainer is in the middle of its own one, whose epoch a second use may end: where workers persist, and where
                 # accelerate dispatches batches.
-                with kept_random_states():
+                with raising_together(), kept_random_states():
                     loader = trainer.get_train_dataloader()
             self._select(trainer, loader, state)
             # Checkpoints from before have no child, so none of them can be loaded at the end as the best one.

@@ -191,6 +191,32 @@ def test_a_child_of_lora_is_chosen_later(pool: RankPool, tmp_path: Path) -> None
         assert "every score is zero" not in later
 
 
+class OneRankFails(transformers.Trainer):
+    """The second loader, which a child is chosen on, cannot be made on one rank."""
+
+    made = 0
+
+    def get_train_dataloader(self) -> Any:
+        self.made += 1
+        if self.made == 2 and dist.get_rank() == 1:
+            raise OSError("the share is gone")
+        return super().get_train_dataloader()
+
+
+def loader_on_one_rank(folder: str) -> str:
+    with fresh_accelerate():
+        args = arguments(folder, config(2, COMPACT), save_strategy="no")
+        line = ds_childtune.ChildTuningCallback(select_at=1)
+        trainer = OneRankFails(tiny_gpt2(), args, train_dataset=rows(40), callbacks=[line])
+        with pytest.raises(RuntimeError, match="the share is gone") as error:
+            trainer.train()
+        return str(error.value)
+
+
+def test_a_loader_that_one_rank_cannot_make(pool: RankPool, tmp_path: Path) -> None:
+    assert pool[2].run(loader_on_one_rank, str(tmp_path)) == ["[rank 1] OSError: the share is gone"] * 2
+
+
 def refusals(folder: str) -> list[str]:
     said = []
 
