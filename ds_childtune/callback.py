@@ -146,7 +146,7 @@ class ChildTuningCallback(TrainerCallback):
             if self._batches is None and trainer is not None:
                 # The Trainer is in the middle of its own one, whose epoch a second use may end: where workers persist, and where
                 # accelerate dispatches batches.
-                with raising_together(), kept_random_states():
+                with raising_together(users_code=True), kept_random_states():
                     loader = trainer.get_train_dataloader()
             self._select(trainer, loader, state)
             # Checkpoints from before have no child, so none of them can be loaded at the end as the best one.
@@ -244,7 +244,9 @@ def _as_trained(trainer: Any, loader: Any, state: Any) -> Any:
     Raises:
         ValueError: on every rank, for a stream that can be read only once.
     """
-    with raising_together():  # on every rank: where rank 0 reads for all, the others may have another data set
+    with raising_together(
+        users_code=True
+    ):  # on every rank: where rank 0 reads for all, the others may have another data set
         data: Any = getattr(trainer, "train_dataset", None)
         streams = isinstance(data, torch.utils.data.IterableDataset)
         if streams and iter(data) is iter(data):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 import time
 import weakref
@@ -22,7 +23,12 @@ T = TypeVar("T")
 _RAISABLE = (ValueError, NotImplementedError, RuntimeError)
 
 _PATIENCE = 60.0
-"""Seconds that a failing rank waits for the others, which may be slower, but not by much."""
+"""Seconds that a rank whose user's code fails waits for the others, which may be slower, but not by much."""
+
+_WHERE_THEY_ARE = {
+    True: ": they are probably waiting for it in a collective of the data loader or the model",
+    False: "",
+}
 
 _agreements: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 """How often `raise_together` was called in each default process group, alike on every rank: a worker that replaces another one in an
@@ -116,25 +122,28 @@ def tell(text: str) -> None:
 
 
 @contextmanager
-def raising_together() -> Iterator[None]:
-    """Run the body on every rank; if it raises on any, raise on all. The body must not contain collectives.
+def raising_together(*, users_code: bool = False) -> Iterator[None]:
+    """Run the body on every rank; if it raises on any, raise on all. The body must not contain collectives, except in a user's code.
 
-    The error has the type and the text of the lowest failing rank's, and names that rank.
+    The error has the type and the text of the lowest failing rank's, and names that rank. See `raise_together`.
     """
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    raise_together(error)
+    raise_together(error, users_code=users_code)
 
 
-def raise_together(error: Exception | None) -> None:
+def raise_together(error: Exception | None, *, users_code: bool = False) -> None:
     """Raise on every rank if `error` is not None on any. A collective; one small all-reduce when nothing is wrong.
 
-    A failing rank prints its error at once, as the others may be where they do not hear of it: inside a collective of the data
-    loader's or the model's that this rank will never join. It waits for them for a while only, and then raises by itself; they are
-    left to the process group's time-out, or to the launcher, which ends a job that has lost a rank.
+    A failing rank prints its error at once, and waits for the others as in any collective: they may be writing a checkpoint.
+
+    Args:
+        users_code: what was run is a data loader's or the model's. The others may be inside a collective of it that this rank will
+            never join, and do not hear of the error. So this rank waits for a while only, and then raises by itself; they are left to
+            the process group's time-out, or to the launcher, which ends a job that has lost a rank.
 
     Raises:
         Unanswered: on a failing rank, when the others did not come.
@@ -153,10 +162,10 @@ def raise_together(error: Exception | None) -> None:
             print(f"\n[rank {rank}] ds_childtune: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         failed[0, rank // 32] = 1 << rank % 32
         failed[1, rank // 32] = _leave_words(number, rank, words) << rank % 32
-        if not _all_reduce_in_time(failed):
+        if not _all_reduce_in_time(failed, _PATIENCE if users_code else math.inf):
+            where = f" in {_PATIENCE:.0f} s" if users_code else ""
             raise Unanswered(
-                f"[rank {rank}] {text} (The other ranks did not answer in {_PATIENCE:.0f} s, so only this rank raises: they"
-                " are probably waiting for it in a collective of the data loader or the model.)"
+                f"[rank {rank}] {text} (The other ranks did not answer{where}, so only this rank raises{_WHERE_THEY_ARE[users_code]}.)"
             ) from error
     ranks, with_words = (
         [32 * i + bit for i, word in enumerate(row) for bit in range(32) if word >> bit & 1] for row in failed.tolist()
@@ -164,7 +173,7 @@ def raise_together(error: Exception | None) -> None:
     if rank not in ranks and error is not None:
         raise Unanswered(
             f"[rank {rank}] {_kind_and_text(error)[1]} (What came back from the other ranks was not their answer, so only this rank"
-            " raises: they are probably in a collective of the data loader or the model.)"
+            f" raises{_WHERE_THEY_ARE[users_code]}.)"
         ) from error
     if not ranks:
         return
@@ -194,10 +203,10 @@ def _kind_and_text(error: Exception) -> tuple[int, str]:
     return kind, str(error) if isinstance(error, _RAISABLE) else f"{type(error).__name__}: {error}"
 
 
-def _all_reduce_in_time(tensor: Tensor) -> bool:
-    """False when the other ranks have not come in time, or one of them has died."""
+def _all_reduce_in_time(tensor: Tensor, patience: float) -> bool:
+    """False when the other ranks have not come in so many seconds or the process group's own, or one of them has died."""
     work = dist.all_reduce(tensor, async_op=True)
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + patience
     while not work.is_completed():
         if time.monotonic() > deadline:
             return False

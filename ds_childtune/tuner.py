@@ -47,6 +47,7 @@ from ds_childtune.selection.selectors import (
 )
 from ds_childtune.shards import FlatShard, Fragment, mark_eligible
 from ds_childtune.step_hooks import StepHooks
+from ds_childtune.zero.calibration import hands_on
 from ds_childtune.zero.clip import refuse_unsupported_clip
 from ds_childtune.zero.compact_parts import refuse_lean
 from ds_childtune.zero.engine import (
@@ -529,10 +530,16 @@ class ChildTuner:
 
     def _check_between_steps(self, what: str, waits: Callable[[Any], bool]) -> None:
         if waits(self.engine) and not self._hooks.step_failed:
+            # DeepSpeed's buckets at ZeRO 2 and 3 stay half full after half a backward pass, and the next one fails.
+            after_exception = (
+                "make a new engine, and load the last checkpoint"
+                if hands_on(self.engine)
+                else "call engine.zero_grad() first, and inside an accumulation run its other micro-batches and their step, too"
+            )
             raise RuntimeError(
-                f"{what}: called between a micro-batch and its optimizer step, whose gradients would be lost."
-                " Remedy: call it before training, or right after the step that ends an accumulation; after an exception in a backward"
-                " pass call engine.zero_grad() first."
+                f"{what}: called between a micro-batch and its optimizer step, whose gradients would be lost. Remedy: call it before"
+                " training, or right after the step that ends an accumulation; after an exception in a backward pass"
+                f" {after_exception}."
             )
 
     def detach(self) -> None:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -522,10 +525,35 @@ def test_no_rank_waits_for_ever_for_one_that_waits_for_it(pool: RankPool) -> Non
     assert "ds_childtune" not in second[2]
 
 
+def raised_beside_a_slow_rank() -> str:
+    """Rank 0 fails at once, as on a full disk; rank 1 comes when that one has waited for hours."""
+    store, hours = torch.distributed.distributed_c10d._get_default_store(), itertools.count(0, 3600)
+
+    def monotonic() -> float:
+        store.set("waited for hours", "")
+        return float(next(hours))
+
+    error = RuntimeError("No space left on device") if dist.get_rank() == 0 else None
+    if error is None:
+        store.wait(["waited for hours"])
+    clock = SimpleNamespace(monotonic=monotonic, sleep=time.sleep)
+    with (
+        mock.patch.object(ranks, "time", clock),
+        contextlib.redirect_stderr(io.StringIO()),
+        pytest.raises(RuntimeError) as raised,
+    ):
+        ranks.raise_together(error)
+    return str(raised.value)
+
+
+def test_a_failing_rank_waits_for_one_that_still_writes(pool: RankPool) -> None:
+    assert pool[2].run(raised_beside_a_slow_rank) == ["[rank 0] No space left on device"] * 2
+
+
 def an_answer_that_is_not_the_others() -> tuple[str, str]:
     """NCCL may end two different collectives that meet, with numbers of neither."""
 
-    def garbled(failed: Any) -> bool:
+    def garbled(failed: Any, patience: float) -> bool:
         failed.zero_()
         return True
 

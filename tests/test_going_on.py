@@ -209,6 +209,40 @@ def test_select_after_half_a_backward_pass(pool: RankPool) -> None:
         assert equal_bits(expected, got)
 
 
+def select_after_half_an_accumulation(stage: int) -> tuple[str, bool]:
+    """What `select` says after an exception in the second of two micro-batches, and whether training on leads to a child."""
+
+    def stop(_: torch.Tensor) -> None:
+        raise KeyboardInterrupt
+
+    with engine_of(replace(setup_of(stage), accumulation=2)) as engine:
+        child = ds_childtune.attach(engine, D)
+        child.select()
+        train(engine, 1)
+        handle = next(engine.module.parameters()).register_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(engine, 2)
+        handle.remove()
+        engine.zero_grad()
+        with pytest.raises(RuntimeError) as error:
+            child.select()
+        if stage < 2:
+            train(engine, 2)
+            child.select()
+        else:  # DeepSpeed's own
+            with pytest.raises((AssertionError, AttributeError), match="already been reduced|NoneType"):
+                train(engine, 2)
+        return str(error.value), engine.global_steps == 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_select_after_half_an_accumulation(pool: RankPool, stage: int) -> None:
+    for said, stepped in pool[2].run(select_after_half_an_accumulation, stage):
+        assert ("inside an accumulation run its other micro-batches and their step" in said) == (stage < 2)
+        assert ("make a new engine, and load the last checkpoint" in said) == (stage >= 2)
+        assert stepped == (stage < 2)
+
+
 def test_agreements_are_counted_for_a_process_group() -> None:
     """A worker that takes another one's place in an elastic restart has counted less in its process, and must find the same words."""
 

@@ -107,6 +107,7 @@ class CheckpointSaver:
                         tag_folder.publish(folder, name)
                         if save_latest:
                             tag_folder.write_latest(folder, name)
+                        tag_folder.tidy(folder, name)
         except Exception:
             if first:
                 tag_folder.discard(folder, name)

@@ -5,13 +5,18 @@ Everything is written into the sibling `.tag.child-partial`. When every rank has
 folder its name, and `latest` is replaced after that, atomically too. So whatever is killed, and whenever: `latest` names a whole
 checkpoint, and a folder that lacks its manifest is never taken for one. Where a tag is written again, the old folder steps aside to
 `.tag.child-old` for the length of two renames; `recover` undoes the first if the second never came.
+
+What is to be removed is renamed first, to `.*.child-trash`: a network file system keeps a folder whose files another process has open,
+and that must not be in the way of a checkpoint. Each save tries again to remove it.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePath
 
 from ds_childtune.child_files.atomic import explained, sync_folder, write_bytes
@@ -22,7 +27,7 @@ _LONGEST = 4096
 """Bytes of a path."""
 CHILD = "child"
 """The library's own subfolder of a tag."""
-_PARTIAL, _OLD = ".child-partial", ".child-old"
+_PARTIAL, _OLD, _TRASH = ".child-partial", ".child-old", ".child-trash"
 """Endings that nobody else gives to a folder: what has one may be removed."""
 
 
@@ -63,21 +68,33 @@ def prepare(save_dir: Path, tag: str) -> None:
     recover(save_dir, tag)
     for place in {save_dir, (save_dir / tag).parent}:
         for left in place.glob(f".*{_PARTIAL}"):
-            shutil.rmtree(left)
+            _throw_away(left)
         for left in place.glob(f".*{_OLD}"):
             if left.with_name(left.name[1 : -len(_OLD)]).exists():
-                shutil.rmtree(left)
+                _throw_away(left)
+        for left in place.glob(f".*{_TRASH}"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def publish(save_dir: Path, tag: str) -> None:
-    """Give a partial folder its name, on one rank, when every rank's files are on disk."""
+    """Give a partial folder its name, on one rank, when every rank's files are on disk. `tidy` follows."""
     folder = save_dir / tag
     if folder.exists():
         folder.rename(_aside(folder))
     (save_dir / partial_tag(tag)).rename(folder)
     sync_folder(folder.parent)
-    if _aside(folder).exists():
-        shutil.rmtree(_aside(folder))
+
+
+def tidy(save_dir: Path, tag: str) -> None:
+    """Remove the folder that a tag had before, as far as the file system lets us: the new one is in its place."""
+    with suppress(OSError):
+        _throw_away(_aside(save_dir / tag))
+
+
+def _throw_away(folder: Path) -> None:
+    trash = folder.with_name(f".{uuid.uuid4().hex}{_TRASH}")
+    folder.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def recover(save_dir: Path, tag: str) -> None:

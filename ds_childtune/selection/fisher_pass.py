@@ -126,7 +126,7 @@ class FisherPass:
             error = caught
         if error is not None and not gathering:
             self._reduction.abandon()
-        raise_together(error)
+        raise_together(error, users_code=True)
         self._end_micro_batch(round_)
 
     def _ready(self, parameter: Any) -> None:
@@ -231,7 +231,7 @@ def _taken_twice(name: str) -> str:
 def _finite_loss(engine: Any, round_: Round, loss_fn: LossFunction) -> Tensor:
     """This rank's loss; the ranks agree that each of them has one before any goes into the backward pass."""
     loss: Any = None
-    with raising_together():
+    with raising_together(users_code=True):
         loss = loss_fn(engine, round_.batch)
         if not _is_scalar(loss) or not loss.requires_grad:
             got = outline(loss) + (" without a graph" if _is_scalar(loss) else "")

@@ -47,7 +47,7 @@ def rounds(batches: Iterable[Any], max_batches: int | None) -> Iterator[Round]:
         while max_batches is None or used < max_batches:
             fresh, error = (None, None) if exhausted else next(source)
             exhausted |= fresh is None
-            raise_together(error)
+            raise_together(error, users_code=True)
             has_batch = torch.zeros(ranks, dtype=torch.int64, device=device())
             has_batch[rank] = int(not exhausted)
             sum_over_ranks(has_batch)
