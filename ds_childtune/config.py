@@ -12,6 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
+ONLY_CHILDTUNING_D = ("others", "selector", "clip", "sends", "finite_check_every", "compat", "fisher")
+"""Keys that have no effect with ChildTuning-F, which refuses them."""
+
 
 class _Block(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
@@ -95,8 +98,8 @@ class ChildTuningConfig(_Block):
 
     sends: Literal["child", "whole"] = "child"
     """`optimizer_state` `compact`, ZeRO-1 to 3: what ranks send. `child`: only the child, where its gradients are all that is kept.
-    Every rank then keeps every rank's mask: at ZeRO-3 an eighth of a byte for each element of the model, at most; at ZeRO-1 and 2
-    four bytes for each element of the child. `whole`: whole gradients, as plain DeepSpeed, and no masks of others."""
+    Every rank then keeps every rank's mask: an eighth of a byte for each element of the model, at most. `whole`: whole gradients,
+    as plain DeepSpeed, and no masks of others."""
 
     finite_check_every: Annotated[int, Field(ge=1)] | None = None
     """ChildTuning-D: in every so many steps look for NaN and inf in whole gradients, outside the child too, and end training with an
@@ -120,7 +123,7 @@ class ChildTuningConfig(_Block):
     @model_validator(mode="after")
     def _keys_of_the_other_mode(self) -> Self:
         if self.mode == "ChildTuning-F":
-            for key in ("others", "selector", "clip", "sends", "finite_check_every", "compat", "fisher"):
+            for key in ONLY_CHILDTUNING_D:
                 if key in self.model_fields_set:
                     raise ValueError(
                         f'{key} has no effect with mode "ChildTuning-F": remove it, or use mode "ChildTuning-D"'

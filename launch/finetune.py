@@ -47,6 +47,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.integrations import HfDeepSpeedConfig
 
 import ds_childtune
+from ds_childtune.config import ONLY_CHILDTUNING_D
 
 # ---------------------------------------------------------------- DeepSpeed config
 
@@ -80,12 +81,15 @@ def child_block(args: Arguments, block: dict[str, Any] | None) -> dict[str, Any]
     """The `"child_tuning"` block, or None for vanilla fine-tuning. ds_childtune checks it."""
     block = dict(block or {"mode": "plain"})
     method = args.method or block["mode"]
-    if args.select_at and method != "ChildTuning-D":
-        raise ValueError(f"--select-at: expected --method ChildTuning-D, got {method}. Remedy: leave --select-at out.")
+    of_d = {"--select-at": args.select_at}
+    if method != "plain":  # which --compare runs with the same options
+        of_d |= {"--selector": args.selector, "--fisher-max-batches": args.fisher_max_batches}
+    for name in (name for name, given in of_d.items() if given and method != "ChildTuning-D"):
+        raise ValueError(f"{name}: expected --method ChildTuning-D, got {method}. Remedy: leave {name} out.")
     if method == "plain":
         return None
     if method == "ChildTuning-F":  # which refuses ChildTuning-D's keys
-        block = {k: v for k, v in block.items() if k not in ("selector", "compat", "clip", "fisher", "optimizer_state")}
+        block = {k: v for k, v in block.items() if k not in (*ONLY_CHILDTUNING_D, "optimizer_state")}
     flags = {"mode": method, "reserve_p": args.reserve_p, "seed": args.seed, "selector": args.selector}
     if args.fisher_max_batches is not None:
         flags["fisher"] = {**block.get("fisher", {}), "max_batches": args.fisher_max_batches}

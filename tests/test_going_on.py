@@ -230,7 +230,7 @@ def select_after_half_an_accumulation(stage: int) -> tuple[str, bool]:
             train(engine, 2)
             child.select()
         else:  # DeepSpeed's own
-            with pytest.raises((AssertionError, AttributeError), match="already been reduced|NoneType"):
+            with pytest.raises((AssertionError, AttributeError), match=r"already been reduced|NoneType"):
                 train(engine, 2)
         return str(error.value), engine.global_steps == 1
 

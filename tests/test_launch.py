@@ -275,6 +275,8 @@ def test_bytes_of_a_compact_child(pool: RankPool, folder: Path) -> None:
     [
         ({"selector": "contrast"}, "--selector contrast and --against-file together"),
         ({"select_at": 2, "method": "plain"}, "--select-at: expected --method ChildTuning-D"),
+        ({"selector": "random", "method": "ChildTuning-F"}, "--selector: expected --method ChildTuning-D"),
+        ({"fisher_max_batches": 2, "method": "ChildTuning-F"}, "--fisher-max-batches: expected --method ChildTuning-D"),
         ({"select_at": 4, "max_steps": 4}, "--select-at: expected fewer than the run's 4 steps"),
         ({"select_at": 2, "export": Path("child")}, "Remedy: --output"),
         ({"task": "causal-lm", "kl": "answers"}, "a name among --also-eval"),
