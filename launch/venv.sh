@@ -9,7 +9,7 @@ if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then  # also after a st
   "$python" -m venv .venv
 fi
 # torch first and by itself, so that pip settles on the pinned wheel before anything else asks for it.
-echo "Installing into .venv, if anything is missing"
+echo "Installing into .venv what is missing: minutes without output"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]"
 export PATH="$PWD/.venv/bin:$PATH"
