@@ -18,7 +18,7 @@ try:
     import typer
     from rich.console import Console
 except ImportError:
-    sys.exit('ds_childtune: the command line needs typer and rich. Remedy: pip install "ds_childtune[cli]".')
+    sys.exit("ds_childtune: the command line needs typer and rich. Remedy: pip install typer rich.")
 
 from ds_childtune.commands.before import check_command
 from ds_childtune.commands.children import (

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from ds_childtune.child.step_numbers import StepNumbers
 from ds_childtune.config import ChildTuningConfig, parse_config
 from ds_childtune.random_states import kept_random_states
-from ds_childtune.ranks import raising_together
+from ds_childtune.ranks import raising_together, tell
 from ds_childtune.selection.loss import LossFunction
 from ds_childtune.tuner import ChildTuner, attach
 from ds_childtune.zero.engine import child_tuning_block, takes_steps, write_events
@@ -70,6 +70,8 @@ class ChildTuningCallback(TrainerCallback):
         self._select_at = select_at
         self._waiting: Any = None
         """An engine that trains in full until `select_at`."""
+        self._has_moved = False
+        """Whether an earlier `train()` has taken steps of a child."""
         self._measures = False
         """Whether the last step was measured, for the next line of logs."""
         self._logged: dict[str, float] = {}
@@ -104,6 +106,7 @@ class ChildTuningCallback(TrainerCallback):
             return
         if self._config is None and child_tuning_block(engine) is None:
             return
+        self._has_moved = self._has_moved or (self.child is not None and self.child.step > 0)
         self.child = attach(engine, self._config)
 
     def _is_ours(self, model: Any) -> bool:
@@ -134,7 +137,8 @@ class ChildTuningCallback(TrainerCallback):
                 self._select(trainer, kwargs.get("train_dataloader"), state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.child is not None and self.child.chosen and _logs_after_next_step(args, state):
+        steps = _steps_of_an_epoch(args, kwargs.get("train_dataloader"))
+        if self.child is not None and self.child.chosen and _logs_after_next_step(args, state, steps):
             self.child.measure_next_step()
             self._measures = True
 
@@ -192,6 +196,12 @@ class ChildTuningCallback(TrainerCallback):
 
     def _select(self, trainer: Any, train_dataloader: Any, state: Any) -> None:
         assert self.child is not None
+        if self._has_moved:
+            tell(
+                "WARNING: ChildTuningCallback: an earlier train() of this Trainer has moved weights, so an export of this child needs"
+                " the weights as they are now for its base model. Remedy: keep them, with trainer.save_model before train(); or"
+                " build the model and the Trainer anew, after auto_find_batch_size with the batch size that it has found."
+            )
         batches = self._batches if self._batches is not None else _as_trained(trainer, train_dataloader, state)
         loss_fn = self._loss_fn
         if loss_fn is None and trainer is not None:
@@ -217,12 +227,22 @@ def _refuse_an_earlier_engine(trainer: Any) -> None:
         )
 
 
-def _logs_after_next_step(args: Any, state: Any) -> bool:
-    """Whether the Trainer will log after the step that begins; where it logs epochs, after any."""
+def _steps_of_an_epoch(args: Any, loader: Any) -> int:
+    """As the Trainer counts them; 1 where it cannot: then any step may be an epoch's last one."""
+    try:
+        batches = len(loader)
+    except TypeError:
+        return 1
+    return max(1, -(-batches // int(args.gradient_accumulation_steps)))
+
+
+def _logs_after_next_step(args: Any, state: Any, steps_of_an_epoch: int) -> bool:
+    """Whether the Trainer will log after the step that begins."""
     step = state.global_step + 1
     if args.logging_strategy == "steps":
         return bool(step % state.logging_steps == 0 or (step == 1 and args.logging_first_step))
-    return bool(args.logging_strategy == "epoch")
+    ends = step % steps_of_an_epoch == 0 or step == state.max_steps
+    return bool(args.logging_strategy == "epoch" and ends)
 
 
 def _of_step(child: ChildTuner, found: StepNumbers | None, grad_norm: float | None) -> dict[str, float]:

@@ -24,8 +24,8 @@ class FisherConfig(_Block):
     """How ChildTuning-D estimates the diagonal empirical Fisher information.
 
     A pass costs, beside forward and backward, its scores (`score_dtype`) and a bucket of fp32 sums: as many elements as training's
-    `reduce_bucket_size`, and at most 128 MiB; with ZeRO-3 a second one of a rank's share of it. Gradients and squares are summed in
-    fp32, on the wire too, whatever training communicates in.
+    `reduce_bucket_size`, and at most 128 MiB; with ZeRO-3 a second one of a rank's share of it; in fp16 4 more bytes for each score,
+    while a micro-batch may overflow. Gradients and squares are summed in fp32, on the wire too, whatever training communicates in.
     """
 
     estimator: Literal["per_micro_batch", "per_global_batch"] = "per_micro_batch"

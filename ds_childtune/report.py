@@ -140,7 +140,8 @@ class Report:
                 f"{', ...' if len(missed) > 3 else ''}): their scores are zero. Remedy: calibrate with more batches; to refuse such a"
                 ' selection, set child_tuning.fisher.unreached "error".'
             )
-        names = [n for n in self.zero_parameters if not n.startswith(tuple(f"{path}." for path in missed))]
+        of_missed = tuple(f"{path}." for path in missed)
+        names = [n for n in self.zero_parameters if not n.startswith(of_missed)]
         if names:
             lines.append(
                 f"  WARNING: every score is zero in {len(names)} eligible parameters ({', '.join(names[:3])}"

@@ -34,6 +34,7 @@ from ds_childtune.zero.engine import (
     empty_param_groups,
     wrapper_of,
 )
+from ds_childtune.zero.flat_shards import held_parameters
 from ds_childtune.zero.other_engines import HOOKS
 from ds_childtune.zero.supported import missing_groups
 
@@ -87,7 +88,7 @@ class StepHooks:
             engine.module.register_forward_pre_hook(_checking_before_forward(self)),
         ]
         self._around_steps = [after_a_failed_step(engine, self._recover), before_each_step(engine, self._check_child)]
-        self._end = after_destroy(engine, self._let_go)
+        self._end = after_destroy(engine, self._engine_is_gone)
 
     # ---------------------------------------------------------------- the child
 
@@ -244,8 +245,15 @@ class StepHooks:
         for override in (*reversed(self._around_steps), self._end):  # one is on top of the other
             override.remove()
 
+    def _engine_is_gone(self) -> None:
+        """Nothing of the child stays in memory, though what was around DeepSpeed's objects does."""
+        if self._fixed is not None:
+            self._fixed.discard()
+        self._take_back_overrides()
+        self._let_go()
+
     def _let_go(self) -> None:
-        """Leave the model to another engine, and the child's memory: what is left to do once an engine is destroyed."""
+        """Leave the model to another engine, and the child's memory."""
         for handle in self._handles:
             handle.remove()
         if self._finite_check is not None:
@@ -403,14 +411,23 @@ class StepHooks:
         """Once: parameters that were frozen at `deepspeed.initialize` and thawed since do not train, in plain DeepSpeed either."""
         if not self._looks_for_thawed:
             return
-        thawed = [name for name, param in self._attachment.parameters.frozen.items() if param.requires_grad]
-        if thawed:
-            self._looks_for_thawed = False
-            tell(
-                f"WARNING: {len(thawed)} parameters do not train ({', '.join(thawed[:4])}{', ...' if len(thawed) > 4 else ''}):"
-                " they were frozen at deepspeed.initialize, so the optimizer does not hold them. Remedy: call requires_grad_(True)"
-                " before deepspeed.initialize, give the optimizer all that is to train at any time, and freeze it afterwards."
+        thawed = {name: p for name, p in self._attachment.parameters.frozen.items() if p.requires_grad}
+        if not thawed:
+            return
+        # Without ZeRO the optimizer may hold what was frozen at attach, and then trains it now.
+        held = held_parameters(self._attachment.engine) if not wrapper_of(self._attachment.engine).is_zero else set()
+        if late := [name for name, param in thawed.items() if id(param) in held]:
+            raise RuntimeError(
+                f"ChildTuner: expected parameters that were frozen at attach to stay so, got {len(late)} that train now"
+                f" ({', '.join(late[:4])}{', ...' if len(late) > 4 else ''}), and the child does not know them. Remedy: call detach()"
+                " and attach(engine) again after thawing; or attach first, and freeze afterwards."
             )
+        self._looks_for_thawed = False
+        tell(
+            f"WARNING: {len(thawed)} parameters do not train ({', '.join([*thawed][:4])}{', ...' if len(thawed) > 4 else ''}):"
+            " they were frozen at deepspeed.initialize, so the optimizer does not hold them. Remedy: call requires_grad_(True)"
+            " before deepspeed.initialize, give the optimizer all that is to train at any time, and freeze it after attach."
+        )
 
     @property
     def module(self) -> nn.Module:

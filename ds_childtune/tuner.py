@@ -475,7 +475,8 @@ class ChildTuner:
         Raises:
             RuntimeError: on every rank, before `select` and after `detach`.
         """
-        self._check_attached()
+        with raising_together():  # one rank may have detached
+            self._check_attached()
         child = self._hooks.chosen_child()
         if self._selected is not None and self._selected[0]() is child:
             return self._selected[1]

@@ -158,7 +158,7 @@ def package(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"expected the package {name}, got {error}. Remedy: pip install 'ds_childtune[demo]', or choose --model and"
+            f"expected the package {name}, got {error}. Remedy: pip install '.[demo]', or choose --model and"
             " --data yourself."
         ) from None
 

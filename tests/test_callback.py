@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,6 +19,7 @@ import transformers
 from accelerate.data_loader import DataLoaderShard
 
 import ds_childtune
+from ds_childtune import callback
 from tests.support.documentation import blocks
 from tests.support.ranks import RankPool
 from tests.support.trainers import Run, arguments, config, fresh_accelerate, rows, run_of, tiny_gpt2, whole_weights
@@ -284,14 +286,29 @@ def trained_again(folder: str) -> list[tuple[str, int, Run]]:
             with pytest.raises(RuntimeError) as error:
                 trainer.train()
             trainer.model_wrapped = trainer.model
-            trainer.train()
+            with mock.patch.object(callback, "tell") as told:
+                trainer.train()
+            warned = [call.args[0] for call in told.call_args_list]
             assert line.child is not None
-            found.append((str(error.value), line.child.step, run_of(trainer, line, before, detach=False)))
+            found.append(
+                (str(error.value) + "".join(warned), line.child.step, run_of(trainer, line, before, detach=False))
+            )
     return found
+
+
+def test_only_steps_that_are_logged_are_measured() -> None:
+    args = SimpleNamespace(logging_strategy="epoch", gradient_accumulation_steps=2)
+    steps = callback._steps_of_an_epoch(args, range(5))
+    states = [SimpleNamespace(global_step=step, max_steps=7) for step in range(7)]
+    logged = [state.global_step + 1 for state in states if callback._logs_after_next_step(args, state, steps)]
+    assert logged == [3, 6, 7]
+    assert callback._steps_of_an_epoch(args, iter([])) == 1
 
 
 def test_a_trainer_that_has_an_engine_already(pool: RankPool, tmp_path: Path) -> None:
     for found in pool[2].run(trained_again, str(tmp_path)):
+        # The first time weights are as they came.
+        assert ["has moved weights, so an export of this child needs" in said for said, _, _ in found] == [False, True]
         for said, steps, run in found:
             assert "in an earlier evaluate(), predict() or train()" in said
             assert steps == 4, "those of another engine"

@@ -122,8 +122,9 @@ def test_saved_with_moments_before_a_child_is_chosen(pool: RankPool, stage: int,
         assert equal_bits(went_on, loaded)
 
 
-def child_before_a_load(folder: str, block: dict[str, Any], stage: int) -> tuple[bool, bool]:
-    """Whether the child that trained before a load, and the one that trained before `detach`, are still in memory."""
+def child_before_a_load(folder: str, block: dict[str, Any], stage: int) -> list[bool]:
+    """Whether masters and masks of the child that trained before a load are still in memory; of one that trained before `detach`, and
+    of one whose engine is destroyed, while that engine is there."""
     alive = []
     setup = replace(ALL_COMPACT, stage=stage)
     with engine_of(setup) as engine:
@@ -131,12 +132,18 @@ def child_before_a_load(folder: str, block: dict[str, Any], stage: int) -> tuple
         child.select()
         train(engine, setup, 0, 1)
         engine.save_checkpoint(folder)
-        for end in (lambda: engine.load_checkpoint(folder), child.detach):
-            before = weakref.ref(child._hooks.child)
+        for end in (lambda: engine.load_checkpoint(folder), child.detach, lambda: engine.destroy()):
+            if len(alive) == 2:
+                child = ds_childtune.attach(engine, block | {"selector": "random"})
+                child.select()
+                train(engine, setup, 0, 1)
+            before = [weakref.ref(child._hooks.child)]
+            if block is COMPACT:
+                before += [weakref.ref(t) for s in child._hooks.child.shards.values() for t in (s.tensor, s.index)]
             end()
             gc.collect()
-            alive.append(before() is not None)
-    return alive[0], alive[1]
+            alive.append(any(of() is not None for of in before))
+    return alive
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -144,7 +151,7 @@ def test_a_child_that_is_gone_takes_no_memory(pool: RankPool, stage: int, tmp_pa
     """As with load_best_model_at_end: it is as large as the one that takes its place."""
     for block in (BLOCKS["D"], COMPACT):
         folder = str(tmp_path / block.get("optimizer_state", "dense"))
-        assert pool[2].run(child_before_a_load, folder, block, stage) == [(False, False)] * 2
+        assert pool[2].run(child_before_a_load, folder, block, stage) == [[False] * 3] * 2
 
 
 def only_weights(folder: str) -> tuple[int, int, bool]:
@@ -224,8 +231,10 @@ def without_frozen(setup: Setup, folder: str, others: bool) -> tuple[Weights, We
             with deepspeed.zero.GatheredParameters(parts, modifier_rank=0, enabled=setup.stage == 3), torch.no_grad():
                 for parameter in parts:
                     parameter.add_(1)
-            path, _ = engine.load_checkpoint(folder)
+            with mock.patch.object(checkpoint_write, "tell") as told:
+                path, _ = engine.load_checkpoint(folder)
             assert path is not None
+            assert f"{len(frozen)} frozen parameters are not in the checkpoint" in told.call_args[0][0]
         else:
             child.select(share(setup, 1000, 4))
             train(engine, setup, 0, 2)

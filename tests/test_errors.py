@@ -193,6 +193,13 @@ def gather_mask_after_a_detach_on_rank_1(engine: Any) -> None:
     child.gather_mask("blocks.0.gain")
 
 
+def report_after_a_detach_on_rank_1(engine: Any) -> None:
+    child = ds_childtune.attach(engine, CHILD_F)
+    if dist.get_rank() == 1:
+        child.detach()
+    child.report()
+
+
 def export_after_a_detach_on_rank_1(engine: Any) -> None:
     child = ds_childtune.attach(engine, CHILD_D)
     child.select(mine())
@@ -264,6 +271,7 @@ def select_without_batches(engine: Any) -> None:
         (select_after_detach, RuntimeError, ["detached", "attach(engine)"]),
         (select_after_a_detach_on_rank_1, RuntimeError, ["[rank 1]", "detached", "attach(engine)"]),
         (gather_mask_after_a_detach_on_rank_1, RuntimeError, ["[rank 1]", "detached", "attach(engine)"]),
+        (report_after_a_detach_on_rank_1, RuntimeError, ["[rank 1]", "detached", "attach(engine)"]),
         (export_after_a_detach_on_rank_1, RuntimeError, ["[rank 1]", "export before detach()"]),
         (apply_after_a_detach_on_rank_1, RuntimeError, ["[rank 0", "trains a child", "detach() first"]),
         (select_with_masks_on_rank_0, ValueError, ["same on every rank", "masks of 'blocks.*'", "no masks"]),

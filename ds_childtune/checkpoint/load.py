@@ -104,7 +104,7 @@ class CheckpointLoader:
             return loaded  # type: ignore[no-any-return]
 
         if name is None:
-            tell(f"ds_childtune: {load_dir} names no checkpoint as its latest: nothing is loaded")
+            tell(f"ds_childtune: {load_dir} has no file `latest` that names a checkpoint: nothing is loaded")
             return None, None
         if weights_only or not carried:
             self._check_no_fixed_child(load_dir, weights_only)

@@ -30,7 +30,7 @@ from ds_childtune.child_files.holders import Holders
 from ds_childtune.child_files.rank_holders import gather_holders
 from ds_childtune.child_files.writer import write_manifest, write_pieces
 from ds_childtune.random_states import read_random_states
-from ds_childtune.ranks import check_same, gather_objects, raise_together, raising_together, this_rank, world_size
+from ds_childtune.ranks import check_same, gather_objects, raise_together, raising_together, tell, this_rank, world_size
 from ds_childtune.zero.checkpoint_write import (
     dense_masters,
     keeping_save_errors,
@@ -38,7 +38,7 @@ from ds_childtune.zero.checkpoint_write import (
     saved_shards,
     written_files,
 )
-from ds_childtune.zero.engine import base_optimizer, model_dtype, wrapper_of
+from ds_childtune.zero.engine import base_optimizer, inside_accumulation, model_dtype, wrapper_of
 from ds_childtune.zero.flat_shards import changed_parameters
 
 
@@ -92,6 +92,11 @@ class CheckpointSaver:
             "save_checkpoint's save_dir and tag",
             "pass the same on every rank: a folder that all of them see",
         )
+        if inside_accumulation(engine):
+            tell(
+                "WARNING: save_checkpoint: called between a micro-batch and its optimizer step. Gradients so far are not saved, in"
+                " plain DeepSpeed either. Remedy: save right after the step that ends an accumulation."
+            )
         folder = Path(save_dir)
         first = this_rank() == 0
         with raising_together():

@@ -25,7 +25,7 @@ is keyed by `ChildShard.tensor`: that is all of a child's state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -183,16 +183,16 @@ class CompactChild:
                 group["params"] = params
         self._stepping.clear()
 
-    def shard_mask(self, shard: FlatShard) -> Tensor | None:
-        """bool [shard.numel]: False = outside the child, which padding is not; None where the whole flat shard is trained."""
+    def inside_at(self, shard: FlatShard, index: Tensor) -> Tensor:
+        """bool: whether each element at `index` of the flat shard may move: of the child, or padding."""
         child = self.shards[shard.tensor]
-        if child.index.numel() == shard.numel:
-            return None
-        mask = torch.ones(shard.numel, dtype=torch.bool, device=shard.tensor.device)
-        for fragment in shard.fragments:
-            fragment.of(mask).fill_(False)
-        put_(mask, child.index, torch.ones_like(child.index, dtype=torch.bool))
-        return mask
+        ones = torch.ones(child.index.shape, dtype=torch.bool, device=index.device)
+        inside = child.at(index, ones, torch.zeros_like(index, dtype=torch.bool))
+        gaps = torch.tensor([(start, start + numel) for start, numel in shard.padding()], device=index.device)
+        if not gaps.numel():
+            return inside
+        last_before = torch.searchsorted(gaps[:, 0].contiguous(), index, right=True) - 1
+        return inside | (last_before >= 0) & (index < gaps[last_before.clamp(min=0), 1])
 
     def weights_at(self, shard: FlatShard, index: Tensor) -> Tensor:
         """fp32: the weights at `index` of the flat shard; inside the child those of the child shard."""
@@ -256,13 +256,6 @@ class CompactChild:
             self.plumbing.remove()
         for shard in self.shards.values():
             self.optimizer.state.pop(shard.tensor, None)
-
-    def state_tensors(self) -> Iterator[Tensor]:
-        """Every tensor that this child costs: indices, values and state."""
-        for shard in self.shards.values():
-            yield shard.index
-            yield shard.tensor
-            yield from (v for v in self.optimizer.state.get(shard.tensor, {}).values() if isinstance(v, Tensor))
 
 
 def _carried(

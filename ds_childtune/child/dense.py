@@ -139,6 +139,11 @@ class DenseChild:
         """bool [shard.numel]: True = trained; None where the whole flat shard is."""
         return self._masks[shard.tensor]
 
+    def inside_at(self, shard: FlatShard, index: Tensor) -> Tensor:
+        """bool: whether each element at `index` of the flat shard is trained."""
+        mask = self._masks[shard.tensor]
+        return torch.ones_like(index, dtype=torch.bool) if mask is None else mask[index]
+
     def weights_at(self, shard: FlatShard, index: Tensor) -> Tensor:
         """The weights at `index` of the flat shard."""
         return shard.flat()[index]

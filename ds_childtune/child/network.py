@@ -78,8 +78,8 @@ class FixedChild(ChildNetwork, Protocol):
     def take_over(self) -> None:
         """Train from here on. Until then nothing has changed."""
 
-    def shard_mask(self, shard: FlatShard) -> Tensor | None:
-        """bool [shard.numel], False = outside the child, so that padding is True; None where no element is outside."""
+    def inside_at(self, shard: FlatShard, index: Tensor) -> Tensor:
+        """bool: whether each element at `index` (int64 1-D) of the flat shard may move: of the child, or padding."""
 
     def weights_at(self, shard: FlatShard, index: Tensor) -> Tensor:
         """The weights at `index` of the flat shard, in the dtype that the base optimizer steps."""

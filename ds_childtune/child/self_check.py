@@ -77,10 +77,8 @@ class SelfCheck:
         if not shard.numel:
             return
         if shard.tensor not in self._samples:
-            mask = child.shard_mask(shard)
-            index = self._sample(shard.numel, mask, shard.tensor.device)
-            inside = torch.ones_like(index, dtype=torch.bool) if mask is None else mask[index]
-            self._samples[shard.tensor] = _Sample(index, inside)
+            index = _places(shard, child)
+            self._samples[shard.tensor] = _Sample(index, child.inside_at(shard, index))
         sample = self._samples[shard.tensor]
         grad = child.gradient_at(shard, sample.index)
         if grad is None:
@@ -142,16 +140,14 @@ class SelfCheck:
     def count_step(self) -> None:
         self.step += 1
 
-    @staticmethod
-    def _sample(numel: int, mask: Tensor | None, device: torch.device) -> Tensor:
-        """Evenly spaced elements, and as many of each kind among the first of a few evenly spaced windows."""
-        spaced = torch.linspace(0, numel - 1, min(numel, _SAMPLES), dtype=torch.float64, device=device).long()
-        if mask is None:
-            return spaced
-        window = min(numel, 1 << 16)
-        parts: list[Tensor] = [spaced]
-        for kind in (~mask[:window], mask[:window], ~mask[-window:], mask[-window:]):
-            parts.append(torch.nonzero(kind).view(-1)[:_SAMPLES])
-        parts[3:] = [part + (numel - window) for part in parts[3:]]
-        index: Tensor = torch.cat(parts).unique()
-        return index
+
+def _places(shard: FlatShard, child: FixedChild) -> Tensor:
+    """int64 1-D: evenly spaced elements, and some inside and outside the child in the first and the last window."""
+    numel, device = shard.numel, shard.tensor.device
+    parts = [torch.linspace(0, numel - 1, min(numel, _SAMPLES), dtype=torch.float64, device=device).long()]
+    window = min(numel, 1 << 16)
+    for places in (torch.arange(window, device=device), torch.arange(numel - window, numel, device=device)):
+        inside = child.inside_at(shard, places)
+        parts += [places[kind][:_SAMPLES] for kind in (inside, ~inside)]
+    index: Tensor = torch.cat(parts).unique()
+    return index

@@ -88,8 +88,10 @@ class StepMeter:
         """Called before the child does anything with these shards: it masks gradients, and may let weights decay."""
         for shard in shards:
             compact = shard.tensor in self._child.shards
-            mask = None if compact or self._fixed is None else self._fixed.shard_mask(shard)
-            inside = None if mask is None else mask[:: self._every]
+            inside = None
+            if self._fixed is not None and not compact:
+                places = torch.arange(0, shard.numel, self._every, device=shard.tensor.device)
+                inside = self._fixed.inside_at(shard, places)
             self._samples.append(_Sample(shard, inside, self._trained(shard)[:: self._every].clone()))
             if self.norm_is_child or not self._child.flat_gradients:
                 continue

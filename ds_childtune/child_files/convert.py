@@ -220,5 +220,5 @@ def _zstd() -> Callable[[bytes], bytes]:
     try:
         import zstandard
     except ImportError:
-        raise RuntimeError('expected zstandard, got none. Remedy: pip install "ds_childtune[serve]".') from None
+        raise RuntimeError("expected zstandard, got none. Remedy: pip install zstandard.") from None
     return zstandard.ZstdCompressor(level=3).compress

@@ -84,8 +84,10 @@ def refuse_moved_outside(what: str, mode: object, compat: object, earlier_childr
         what: who asks, for the error.
     """
     reason = ""
-    if mode != "ChildTuning-D" or compat is not None:
-        reason = f'{mode} with compat "{compat}", which moves every element'
+    if mode != "ChildTuning-D":
+        reason = f"{mode}, which moves every element"
+    elif compat is not None:
+        reason = f'compat "{compat}", with which weight decay moves every element'
     elif earlier_children:
         reason = "a child that was chosen after another one had been trained, whose elements have moved too"
     if reason:

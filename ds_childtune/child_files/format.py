@@ -36,6 +36,7 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
+from ds_childtune.child.child_shard import index_dtype
 from ds_childtune.child_files.holders import Holders
 
 FORMAT: Final = "ds_childtune"
@@ -195,8 +196,8 @@ class Piece:
         whole = bool(mask.all())
         index = None if whole else torch.nonzero(mask).view(-1)
         taken = {name: t if index is None else t.index_select(0, index) for name, t in tensors.items()}
-        small = mask.numel() <= torch.iinfo(torch.int32).max
-        return cls(parameter, start, mask.numel(), index.int() if index is not None and small else index, taken)
+        index = None if index is None else index.to(index_dtype(mask.numel()))
+        return cls(parameter, start, mask.numel(), index, taken)
 
     @property
     def kept(self) -> int:

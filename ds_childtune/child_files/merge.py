@@ -127,7 +127,7 @@ def _load(base: str | Path, child: SavedChild) -> Any:
     try:
         import transformers
     except ImportError:
-        raise RuntimeError('expected transformers, got none. Remedy: pip install "ds_childtune[cli]".') from None
+        raise RuntimeError("expected transformers, got none. Remedy: pip install transformers.") from None
     info = ExportInfo.of(child.manifest, child.folder)
     cls: Any = getattr(transformers, info.model_class, None)
     known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
@@ -136,15 +136,19 @@ def _load(base: str | Path, child: SavedChild) -> Any:
             f"{child.folder}: expected a model class of transformers, got {info.model_class[:80]!r}."
             " Remedy: build the base model yourself, and call ds_childtune.apply_child(model, path)."
         )
+    dtypes = {p.name: DTYPES[p.dtype] for p in child.manifest.parameters}
+    floating = {dtype for dtype in dtypes.values() if dtype.is_floating_point}
     try:
         config = cls.config_class.from_dict(json.loads(info.model_config))
-        model: Any = cls.from_pretrained(base, config=config, dtype=torch.float32)
+        # Of several dtypes each tensor has its own; until it is known, all are fp32.
+        model: Any = cls.from_pretrained(
+            base, config=config, dtype=floating.pop() if len(floating) == 1 else torch.float32
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"{base}: expected saved weights for {info.model_class} as {child.folder} configures it, got"
             f" {type(error).__name__}: {str(error)[:300]} Remedy: give the folder or hub name of the child's base model."
         ) from error
-    dtypes = {p.name: DTYPES[p.dtype] for p in child.manifest.parameters}
     for name, tensor in {**dict(model.named_parameters()), **persistent_buffers(model)}.items():
         tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
     return model

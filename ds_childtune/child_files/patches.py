@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ds_childtune.child.child_shard import index_dtype
 from ds_childtune.child_files.export_info import parameter_entries, persistent_buffers
 from ds_childtune.child_files.fingerprint import bits
 from ds_childtune.child_files.format import DTYPES, ParameterEntry, Piece
@@ -157,4 +158,4 @@ def _check_sparse(entry: ParameterEntry, values: Tensor) -> None:
 
 
 def _indices(numel: int) -> Tensor:
-    return torch.arange(numel, dtype=torch.int32 if numel <= torch.iinfo(torch.int32).max else torch.int64)
+    return torch.arange(numel, dtype=index_dtype(numel))

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ds_childtune.child.child_shard import index_dtype
 from ds_childtune.child_files.format import DTYPES, ChildFileError, Piece
 from ds_childtune.child_files.header import DAMAGED, Stored
 
@@ -77,9 +78,8 @@ def join(name: str, start: int, numel: int, parts: list[Piece]) -> Piece:
         numbers |= part.numbers
     if all(p.index is None for p in parts):
         return Piece(name, start, numel, None, tensors, numbers)
-    wide = torch.int64 if numel > torch.iinfo(torch.int32).max else torch.int32
     indices = [torch.arange(p.numel) if p.index is None else p.index for p in parts]
-    index = torch.cat([i.to(wide) + (p.start - start) for i, p in zip(indices, parts, strict=True)])
+    index = torch.cat([i.to(index_dtype(numel)) + (p.start - start) for i, p in zip(indices, parts, strict=True)])
     return Piece(name, start, numel, index, tensors, numbers)
 
 

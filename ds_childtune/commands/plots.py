@@ -85,7 +85,7 @@ def draw(heat: HeatMap, path: Path, title: str, colour: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise RuntimeError('--plot needs matplotlib. Remedy: pip install "ds_childtune[plots]".') from None
+        raise RuntimeError("--plot needs matplotlib. Remedy: pip install matplotlib.") from None
     if not heat.rows:
         raise ValueError(
             "--plot: expected parameters in repeated layers, got none. Remedy: leave it out; --parameters has a line for each."

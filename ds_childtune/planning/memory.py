@@ -197,7 +197,8 @@ def _fisher(own: Shares, run: Run, start: Phase) -> Phase:
     gradients = run.weight * (own.largest if run.stage >= 2 else own.trainable)
     moments = {
         "forward": bucket + gathered["forward"],
-        "backward": bucket + max(gathered["backward"], gradients),
+        # In fp16 sums wait until a micro-batch is known to be finite.
+        "backward": bucket + max(gathered["backward"], gradients) + (_FP32 * own.scored if run.fp16 else 0),
     }
     return Phase("Fisher", kept, moments, start.host + (scores if run.offload else 0))
 

@@ -147,7 +147,7 @@ def build_without_weights(model: str, model_class: str | None = None) -> nn.Modu
     try:
         import transformers
     except ImportError:
-        raise RuntimeError('expected transformers, got none. Remedy: pip install "ds_childtune[cli]".') from None
+        raise RuntimeError("expected transformers, got none. Remedy: pip install transformers.") from None
     try:
         config: Any = transformers.AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:

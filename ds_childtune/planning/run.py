@@ -50,6 +50,7 @@ class Run:
     """Masters, moments and their gradients are in the host's memory."""
     accumulates: bool
     """Whether a step has several micro-batches."""
+    fp16: bool
     lean: bool
     """`lean_start`."""
     score: int
@@ -110,6 +111,7 @@ def run_of(config: Mapping[str, Any], child: ChildTuningConfig | None, world_siz
         temporaries=0 if reading.optimizer_is_fused or reading.optimizer is None else _TORCH_TEMPORARIES,
         offload=settings.offloaded,
         accumulates=int(reading.value("gradient_accumulation_steps", 1)) > 1,
+        fp16=reading.dtype == torch.float16,
         lean=lean and can_start_lean({**config, "child_tuning": block}),
         score=_score(child) if scored and child is not None else 0,
         passes=scored and child is not None and child.selector in ("fisher", "lowest_fisher", "contrast"),

@@ -15,12 +15,8 @@ from itertools import accumulate
 
 from ds_childtune.planning.model import ModelOutline
 from ds_childtune.planning.run import Run
-
-_FEW = 1 << 16
-"""As in `zero/compact_stage3.py`: a child of no more elements in a partition has its places there kept."""
-
-_PADDED = 1.05
-"""As in `zero/child_layout.py`: how much longer than the child a padded row may be."""
+from ds_childtune.zero.child_layout import PADDED
+from ds_childtune.zero.compact_stage3 import FEW
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,6 @@ class Shares:
     """ZeRO-3: elements of the small parameters that every rank has whole."""
     largest: int
     """Of the largest parameter."""
-    masked: int
-    """Eligible elements of a rank's shard, in parameters that are not whole inside the child."""
 
 
 def shares(outline: ModelOutline, run: Run) -> Shares:
@@ -74,7 +68,7 @@ def shares(outline: ModelOutline, run: Run) -> Shares:
         child = sum(d * n for d, n in zip(densities, parts, strict=True))
         scored = sum(e * n for e, n in zip(eligible, parts, strict=True))
         inside = [d * n for d, n in zip(densities, parts, strict=True) if d < 1]
-        places = sum(n for n in inside if n <= _FEW)
+        places = sum(n for n in inside if n <= FEW)
         split = [(n, d) for n, d in zip(parts, densities, strict=True) if 0 < d < 1]
         masks = sum(ranks * min(-(-n // 8), 4 * d * n) for n, d in split)
     else:
@@ -86,7 +80,7 @@ def shares(outline: ModelOutline, run: Run) -> Shares:
         masks = ranks * max(_slices(numels, as_bytes, shard), default=0.0) if ranks > 1 else 0.0
         placed = max(_slices(numels, [d * (d < 1) for d in densities], shard), default=0.0)
         padded = child * ranks
-        sent = padded if padded <= _PADDED * sum(owned) else sum(owned)
+        sent = padded if padded <= PADDED * sum(owned) else sum(owned)
     small = [n for n in sizes if n <= run.persistence]
     return Shares(
         model=sum(sizes),
@@ -103,7 +97,6 @@ def shares(outline: ModelOutline, run: Run) -> Shares:
         sent=round(sent),
         persistent=sum(small) if run.stage == 3 else 0,
         largest=max(sizes, default=0),
-        masked=round(scored),
     )
 
 

@@ -14,7 +14,7 @@ squares the mean gradient of all ranks and depends on how many there are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -76,16 +76,21 @@ class FisherAccumulator:
             values: fp32 1-D.
             weight: factor of what is added.
         """
+        for total, first, part in self._overlaps(name, start, values):
+            at = first - total.param_start
+            sums = total.values[at : at + part.numel()]
+            self._add(replace(total, param_start=first, values=sums), part.to(sums.device), weight)
+
+    def own_parts(self, name: str, start: int, values: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """What `add` would take of its arguments: start and views of `values`."""
+        return ((first, part) for _, first, part in self._overlaps(name, start, values))
+
+    def _overlaps(self, name: str, start: int, values: Tensor) -> Iterator[tuple[Scores, int, Tensor]]:
         for total in self._of.get(name, ()):
             first = max(start, total.param_start)
             last = min(start + values.numel(), total.param_start + total.values.numel())
             if first < last:
-                part = total.values[first - total.param_start : last - total.param_start]
-                self._add(
-                    replace(total, param_start=first, values=part),
-                    values[first - start : last - start].to(part.device),
-                    weight,
-                )
+                yield total, first, values[first - start : last - start]
 
     def _add(self, total: Scores, values: Tensor, weight: float) -> None:
         if total.values.dtype != torch.float32:

@@ -148,7 +148,8 @@ class FisherPass:
         if self._loss_scale is None:
             self._accumulator.add(name, start, sums, self._weight)
         else:
-            self._pending.append((name, start, sums.clone()))
+            own = self._accumulator.own_parts(name, start, sums)
+            self._pending += [(name, first, part.clone()) for first, part in own]
 
     def _end_micro_batch(self, round_: Round) -> None:
         """Check what the ranks have summed. A collective, for whose result the host waits."""

@@ -60,7 +60,7 @@ def cut_at(scores: ShardScores, names: Sequence[str], eligible: int, reserve_p: 
         found = sorted(set().union(*gather_objects(bad.names)))
         raise ValueError(
             f"child selection: expected finite scores >= 0, got NaN, inf or negative ones in {', '.join(found[:5])}."
-            " Remedy: look for overflowing gradients in the calibration batches, or lower fisher.max_grad_norm."
+            " Remedy: look at these weights, which may be NaN, and for overflowing gradients in the calibration batches."
         ) from None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_childtune.ranks import tell
 from ds_childtune.shards import FlatShard
 from ds_childtune.zero.checkpoint_read import What
 from ds_childtune.zero.config_reading import ConfigReading
@@ -85,12 +86,24 @@ def frozen_may_be_missing(engine: Engine) -> Iterator[None]:
             expected, got = set(engine.module.state_dict()), set(checkpoint["module"])
             named = engine.module.named_parameters(remove_duplicate=False)
             frozen = {name for name, param in named if not param.requires_grad}
-            strict = bool(got - expected) or bool(expected - got - frozen)
+            missing = sorted(expected - got)
+            strict = bool(got - expected) or not frozen.issuperset(missing)
+            if not strict:
+                say_what_is_missing(missing)
         return load(checkpoint=checkpoint, strict=strict, custom_load_fn=custom_load_fn, **kwargs)
 
     with Overrides() as overrides:
         overrides.around(engine, "load_module_state_dict", load_module)
         yield
+
+
+def say_what_is_missing(frozen: Sequence[str]) -> None:
+    """The names of frozen parameters that a checkpoint does not have."""
+    if frozen:
+        tell(
+            f"load_checkpoint: {len(frozen)} frozen parameters are not in the checkpoint, as it was saved without them"
+            f" ({', '.join(frozen[:3])}{', ...' if len(frozen) > 3 else ''}): the model's own stay."
+        )
 
 
 def written_files(engine: Engine, save_dir: str, tag: str) -> dict[What, Path]:

@@ -53,7 +53,7 @@ class Cut:
     def of(cls, owned: Sequence[int]) -> Cut:
         """The one with the least to send, a few per cent apart."""
         ranks, longest = len(owned), max(owned)
-        if longest * ranks <= _PADDED * sum(owned):
+        if longest * ranks <= PADDED * sum(owned):
             return cls(owned, [rank * longest for rank in range(ranks)], longest, padded=True)
         starts = [0, *itertools.accumulate(owned)][:-1]
         return cls(owned, starts, -(-sum(owned) // ranks), padded=False)
@@ -71,7 +71,7 @@ class Cut:
         return max(0, min(self.starts[owner] + self.owned[owner], (holder + 1) * self.chunk) - first)
 
 
-_PADDED = 1.05
+PADDED = 1.05
 """How much longer than the child a padded row may be."""
 _SIDE_BY_SIDE = 4
 """Segments that are sent at a time: twice gloo's threads, which so never wait."""

@@ -14,6 +14,7 @@ order are also in the order of their owners.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ class ParameterChild:
     index: Tensor | None = None
     """1-D, ascending, int32, or int64 for a parameter of 2**31 elements or more."""
 
-    @property
+    @functools.cached_property
     def kept(self) -> int:
         return sum(self.counts)
 

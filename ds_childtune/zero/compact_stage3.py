@@ -31,7 +31,7 @@ from ds_childtune.child.compact import Parts
 from ds_childtune.zero.lean_start import make_dense_gradient_buffer, make_gradient_buffer, parameters, take_gradients
 from ds_childtune.zero.overrides import Overrides
 
-_FEW = 1 << 16
+FEW = 1 << 16
 """Elements of a child in a partition whose places there are kept."""
 
 
@@ -57,7 +57,7 @@ class Partition:
         """`real`: elements that are no padding, which comes last."""
         first, last = shard.span(start, numel)
         whole = last - first == real
-        few = keeps_places and not whole and last - first <= _FEW
+        few = keeps_places and not whole and last - first <= FEW
         return cls(shard, start, numel, first, last, whole, shard.index[first:last] - start if few else None)
 
     def inside(self, partition: Tensor) -> Tensor:

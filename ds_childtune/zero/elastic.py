@@ -17,6 +17,7 @@ from torch import Tensor
 from ds_childtune.ranks import raise_together
 from ds_childtune.shards import FlatShard, Fragment
 from ds_childtune.zero.checkpoint_read import PLACES, SavedRun
+from ds_childtune.zero.checkpoint_write import say_what_is_missing
 from ds_childtune.zero.engine import Engine, Wrapper, base_optimizer, wrapper_of
 from ds_childtune.zero.flat_shards import Parameters
 from ds_childtune.zero.layout import Layout, SavedShard
@@ -144,12 +145,16 @@ def _load_buffers_and_frozen(engine: Engine, run: SavedRun, layout: Layout, para
         if name in buffers:
             buffers[name].copy_(model["module"][name])
     named = dict(engine.module.named_parameters())
+    missing = []
     for name in parameters.shapes.keys() - parameters.by_name.keys():
         param, shape = named[name], parameters.shapes[name]
         mine = local_weights(name, param)
         values = weights_of(run, layout, Fragment(name, mine.start, 0, mine.values.numel()), shape)
         if values is not None:
             mine.values.copy_(values)
+        elif mine.values.numel():
+            missing.append(name)
+    say_what_is_missing(sorted(missing))
 
 
 def _load_optimizer(

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ds_childtune.shards import FlatShard
 from ds_childtune.zero.overrides import Overrides
 
 Engine = Any
@@ -125,11 +124,6 @@ def data_parallel_rank(engine: Engine) -> int:
 def model_dtype(engine: Engine) -> torch.dtype:
     """dtype of the forward pass and of local gradients."""
     return engine.get_data_types()[0]  # type: ignore[no-any-return]
-
-
-def gradient_dtype(engine: Engine, shards: tuple[FlatShard, ...]) -> torch.dtype:
-    """dtype of the flat shards' gradients."""
-    return shards[0].tensor.dtype if shards else model_dtype(engine)
 
 
 def inside_accumulation(engine: Engine) -> bool:

@@ -86,7 +86,7 @@ def read_parameters(engine: Engine) -> Parameters:
 
 def changed_parameters(engine: Engine, parameters: Parameters) -> list[str]:
     """Names of parameters that came, went, have another shape, or left the optimizer. Frozen or not makes no difference."""
-    held = {id(p) for p in _held(engine)}
+    held = held_parameters(engine)
     now = dict(engine.module.named_parameters())
     changed = {name for name, _ in _shapes(engine).items() ^ parameters.shapes.items()}
     changed |= {name for name, p in parameters.by_name.items() if now.get(name) is not p or id(p) not in held}
@@ -95,6 +95,11 @@ def changed_parameters(engine: Engine, parameters: Parameters) -> list[str]:
 
 def _shapes(engine: Engine) -> dict[str, torch.Size]:
     return {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+
+
+def held_parameters(engine: Engine) -> set[int]:
+    """`id` of each parameter that the optimizer was given and took."""
+    return {id(param) for param in _held(engine)}
 
 
 def _held(engine: Engine) -> list[Any]:

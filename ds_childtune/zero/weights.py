@@ -81,9 +81,10 @@ def refresh_copies(params: Iterable[nn.Parameter]) -> None:
             param.ds_secondary_tensor = None
         if is_partitioned(param) and param.data.numel() == param.ds_numel:
             whole = torch.empty(
-                param.ds_tensor.numel() * dist.get_world_size(param.ds_process_group), dtype=param.dtype
+                param.ds_tensor.numel() * dist.get_world_size(param.ds_process_group),
+                dtype=param.dtype,
+                device=param.data.device,
             )
-            whole = whole.to(param.data.device)
             partition = param.ds_tensor.detach().to(whole.device)
             dist.all_gather_into_tensor(whole, partition, group=param.ds_process_group)
             param.data.view(-1).copy_(whole[: param.ds_numel])
