@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -475,7 +476,8 @@ class ChildTuner:
         Raises:
             RuntimeError: on every rank, before `select` and after `detach`.
         """
-        with raising_together():  # one rank may have detached
+        # Of a fixed child every rank knows all. Of a random one ranks add up, and one may have detached.
+        with raising_together() if self.config.mode == "ChildTuning-F" else nullcontext():
             self._check_attached()
         child = self._hooks.chosen_child()
         if self._selected is not None and self._selected[0]() is child:

@@ -116,6 +116,7 @@ def _phase_json(phase: Phase) -> dict[str, Any]:
         "kept": dict(phase.kept),
         "moments": dict(phase.moments),
         "host": phase.host,
+        "host_peak": phase.host_peak,
     }
 
 
@@ -150,6 +151,7 @@ def _memory_table(plan: Plan) -> Table:
     table.add_row("in which", *(phase.peak_is for _, phase in columns))
     if any(phase.host for _, phase in columns):
         table.add_row("host memory", *(size(phase.host) for _, phase in columns))
+        table.add_row("its peak", *(size(phase.host_peak) for _, phase in columns))
     return table
 
 

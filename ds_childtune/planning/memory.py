@@ -58,7 +58,9 @@ class Phase:
     moments: Mapping[str, int] = field(default_factory=dict)
     """Bytes beside `kept`, for a while: by what makes them."""
     host: int = 0
-    """Bytes in the host's memory, between steps."""
+    """Bytes in the host's memory, at its end."""
+    host_moment: int = 0
+    """Bytes in the host's memory beside what is there at its end, for a while."""
 
     @property
     def live(self) -> int:
@@ -67,6 +69,10 @@ class Phase:
     @property
     def peak(self) -> int:
         return self.live + max([0, *self.moments.values()])
+
+    @property
+    def host_peak(self) -> int:
+        return self.host + max(0, self.host_moment)
 
     @property
     def peak_is(self) -> str:
@@ -213,19 +219,21 @@ def _selection(own: Shares, run: Run, start: Phase) -> Phase:
     tile = _INT64 * min(_TILE, own.largest)
     mask = 0 if run.offload else own.shard
     moments = {"threshold": before + scores + tile, "masks": before + scores + mask}
+    index = max(
+        _INDEX * own.child + _INT64 * min(own.child, _NONZERO_TILE),
+        2 * _INDEX * own.child,
+        (_INDEX + _FP32 + run.weight) * own.child,
+    )
     if run.parts is not None and not run.offload:
-        index = max(
-            _INDEX * own.child + _INT64 * min(own.child, _NONZERO_TILE),
-            2 * _INDEX * own.child,
-            (_INDEX + _FP32 + run.weight) * own.child,
-        )
         moments["index"] = before + mask + index
     live = sum(kept.values())
     if run.sends_child and run.stage < 3:
         # This rank's own places and bits, beside all ranks' that are kept.
         moments["sending masks"] = live + _INDEX * own.child + 2 * own.masks // run.world_size
     moments = {name: most - live for name, most in moments.items()}
-    return Phase("selection", kept, moments, _host_with_child(own, run))
+    host = _host_with_child(own, run)
+    on_host = start.host + own.shard + max(run.score * own.scored, index if run.parts else 0)
+    return Phase("selection", kept, moments, host, on_host - host if run.offload else 0)
 
 
 # ---------------------------------------------------------------- steps

@@ -141,9 +141,9 @@ def predict(shape: transformers.LlamaConfig, config: dict[str, Any], block: dict
     return {phase.name: phase for phase in (plan.plain if block is None else plan.child).phases}
 
 
-def beside(phase: Phase) -> int:
-    """Bytes on the host, where host and device are one, and this rank's index is one tensor for both."""
-    return phase.host - (phase.kept["child"] // RANKS if phase.host else 0)
+def beside(phase: Phase, host: int) -> int:
+    """Of `host` bytes on the host what counts, where host and device are one, and this rank's index is one tensor for both."""
+    return host - (phase.kept["child"] // RANKS if phase.host else 0)
 
 
 def error(predicted: int, measured: int) -> float:
@@ -174,7 +174,10 @@ def main() -> None:
             for name, phase in predicted.items():
                 top, live = (max(found[name][i] for found in everyone) for i in (0, 1))
                 cells = [f"ZeRO-{stage}, {kind}", name]
-                for mine, real in ((phase.live + beside(phase), live), (phase.peak + beside(phase), top)):
+                for mine, real in (
+                    (phase.live + beside(phase, phase.host), live),
+                    (phase.peak + beside(phase, phase.host_peak), top),
+                ):
                     cells += [f"{mine / elements:.2f}", f"{real / elements:.2f}", f"{error(mine, real):+.1%}"]
                 print(f"| {' | '.join([*cells, phase.peak_is])} |", flush=True)
     pool.close()
