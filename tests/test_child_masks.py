@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from functools import partial
+from unittest import mock
 
 import deepspeed
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ds_childtune.child import child_shard
-from ds_childtune.zero import child_masks
+from ds_childtune.zero import child_masks, owner_order
 from ds_childtune.zero.child_masks import ChildMasks, OwnPart, ParameterChild
-from ds_childtune.zero.compact_sending_stage3 import by_owner
+from ds_childtune.zero.owner_order import OwnerOrder
 from tests.support.ranks import RankPool
 
 PARAMETERS = ((1, 1.0), (3, 0.5), (17, 0.0), (100, 0.3), (64, 1.0), (1000, 0.1), (1001, 0.02), (5, 0.7), (4097, 0.4))
@@ -55,17 +58,23 @@ def kind(child: ParameterChild) -> str:
 
 
 def found(narrow: bool) -> Found:
-    """`narrow`: as if parameters of more than 50 elements had 2**31 of them, and were looked through in several tiles."""
+    """`narrow`: as if parameters of more than 50 elements had 2**31 of them, all was worked on in several tiles, and there were many
+    ranks."""
     deepspeed.init_distributed(verbose=False)
-    tile, most = child_masks.tile_of, child_shard.INT32_NUMEL
-    if narrow:
-        child_masks.tile_of, child_shard.INT32_NUMEL = lambda _: 700, 50
-    try:
+    patches = [
+        mock.patch.object(child_masks, "tile_of", return_value=700),
+        mock.patch.object(child_shard, "INT32_NUMEL", 50),
+        mock.patch.object(owner_order, "_FEW", 0),
+        mock.patch.object(owner_order, "_TILE", 300),
+    ]
+    with contextlib.ExitStack() as narrowed:
+        for patch in patches if narrow else ():
+            narrowed.enter_context(patch)
         masks = ChildMasks.shared([own_part(mask) for mask in whole_masks()], torch.device("cpu"), None)
         taken = [child.of(torch.arange(1.0, child.numel + 1)) for child in masks.parameters]
-    finally:
-        child_masks.tile_of, child_shard.INT32_NUMEL = tile, most
-    return Found([kind(c) for c in masks.parameters], taken, by_owner(masks.parameters, taken), masks.nbytes)
+        order = OwnerOrder(np.stack([child.counts for child in masks.parameters]), taken[0].device)
+        assert (order._tiles is None) != narrow
+        return Found([kind(c) for c in masks.parameters], taken, order.rows(taken), masks.nbytes)
 
 
 @pytest.mark.parametrize("narrow", [False, True])
@@ -88,6 +97,31 @@ def test_every_rank_takes_the_child_out_of_a_whole_gradient(pool: RankPool, rank
             assert torch.equal(taken, gradient[mask])
         assert torch.equal(each.matrix, expected)
         assert each.nbytes <= sum(-(-m.numel() // 8) + 2 * ranks for m in masks) * (2 if narrow else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_many_ranks(dtype: torch.dtype) -> None:
+    """Beside a loop over ranks and parameters; some own nothing, and some parameters have nothing."""
+    draw = np.random.default_rng(0)
+    counts = draw.integers(0, 9, (90, 70)) * (draw.random((90, 70)) < 0.6) * (draw.random((90, 1)) < 0.9)
+    values = [
+        torch.randn(int(of.sum()), generator=torch.Generator().manual_seed(i)).to(dtype) for i, of in enumerate(counts)
+    ]
+    columns = int(counts.sum(0).max())
+    expected = torch.zeros(70, columns, dtype=dtype)
+    for rank in range(70):
+        column = 0
+        for of, value in zip(counts, values, strict=True):
+            start, numel = int(of[:rank].sum()), int(of[rank])
+            expected[rank, column : column + numel] = value[start : start + numel]
+            column += numel
+    for tile in (1000, 1 << 21):
+        with mock.patch.object(owner_order, "_TILE", tile):
+            order = OwnerOrder(counts, torch.device("cpu"))
+        assert order._tiles is not None
+        assert (len(order._tiles) > 1) == (tile == 1000)
+        assert torch.equal(order.rows(values), expected.view(-1))
+        assert torch.equal(order._concatenated(values), expected.view(-1))
 
 
 def test_the_smaller_of_both_is_kept() -> None:

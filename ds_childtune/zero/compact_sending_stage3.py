@@ -9,13 +9,9 @@ As in [Note: ZeRO-3 on child shards], and every rank knows which elements of eac
     zero_grad, _pre_step                    drop what is left in it, after an exception for example
     _post_step                              with hpZ: see [Note: secondary copies]
 
-What is in the bucket is laid out by owner, padded to the longest owner's, and reduce-scattered at once:
-
-    row 0    | parameter 7's child in partition 0 | parameter 8's | pad |
-    row 1    | parameter 7's child in partition 1        | parameter 8's |
-
-`partition_grads`, which DeepSpeed hands partitions of gradients, is handed the child's elements of them, and adds up micro-batches as
-ever. `reduce_bucket_size` counts what is sent. DeepSpeed's own buckets are freed.
+What is in the bucket is laid out by owner (see [Note: rows by owner]), and reduce-scattered at once. `partition_grads`, which
+DeepSpeed hands partitions of gradients, is handed the child's elements of them, and adds up micro-batches as ever.
+`reduce_bucket_size` counts what is sent. DeepSpeed's own buckets are freed.
 
 The order of additions is that of DeepSpeed's `reduce_scatter_coalesced`. With more than two ranks a sum may still differ in its last
 bit: in which order a collective adds ranks depends on where in the bucket an element lies.
@@ -27,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
@@ -36,7 +33,11 @@ from ds_childtune.child.child_shard import ChildShard
 from ds_childtune.zero.child_masks import ChildMasks, OwnPart, ParameterChild, masks_note
 from ds_childtune.zero.compact_stage3 import ZeroThreePlumbing
 from ds_childtune.zero.lean_start import parameters
+from ds_childtune.zero.owner_order import OwnerOrder
 from ds_childtune.zero.secondary_copies import SecondaryCopies, copies_across_nodes
+
+_MOST_ORDERS = 256
+"""Of buckets. In each micro-batch they are the same, except where parameters are used or not by turns."""
 
 
 @dataclass
@@ -60,6 +61,8 @@ class SendingZeroThreePlumbing(ZeroThreePlumbing):
         self._children: dict[int, ParameterChild] = {}
         """By `ds_id`."""
         self._buckets: dict[torch.dtype, _Bucket] = {}
+        self._orders: dict[tuple[int, ...], OwnerOrder] = {}
+        """Of the buckets that there have been, by the `ds_id` of what was in them."""
 
     def install(self, shards: Sequence[ChildShard]) -> None:
         super().install(shards)
@@ -87,6 +90,7 @@ class SendingZeroThreePlumbing(ZeroThreePlumbing):
         super().remove()
         self._children = {}
         self._buckets.clear()
+        self._orders.clear()
 
     def restore_dense(self, shards: Sequence[ChildShard]) -> None:
         super().restore_dense(shards)
@@ -153,7 +157,7 @@ class SendingZeroThreePlumbing(ZeroThreePlumbing):
         with get_accelerator().stream(optimizer.reduce_and_partition_stream):
             rank = dist.get_rank(group=optimizer.dp_process_group)
             mine = [child.counts[rank] for child in children]
-            row = self._averaged(by_owner(children, values))
+            row = self._averaged(self._order(tuple(numbers), values[0].device).rows(values))
             optimizer.partition_grads(params, list(row.narrow(0, 0, sum(mine)).split(mine)))
             if not get_accelerator().is_synchronized_device():
                 for each in values:
@@ -162,6 +166,14 @@ class SendingZeroThreePlumbing(ZeroThreePlumbing):
                 event = get_accelerator().Event()
                 event.record()
                 optimizer.param_reduce_events.append(event)
+
+    def _order(self, numbers: tuple[int, ...], device: torch.device) -> OwnerOrder:
+        if numbers not in self._orders:
+            if len(self._orders) >= _MOST_ORDERS:
+                self._orders.clear()
+            counts = np.stack([self._children[number].counts for number in numbers])
+            self._orders[numbers] = OwnerOrder(counts, device)
+        return self._orders[numbers]
 
     def _hold_back(self) -> None:
         """Wait where several buckets are still on their way, as DeepSpeed does: they take memory."""
@@ -182,22 +194,3 @@ class SendingZeroThreePlumbing(ZeroThreePlumbing):
         row = matrix.new_empty(matrix.numel() // ranks)
         dist.reduce_scatter_tensor(row, matrix, group=group)
         return row.mul_(before) if before not in (1.0, ranks) else row
-
-
-def by_owner(children: Sequence[ParameterChild], values: Sequence[Tensor]) -> Tensor:
-    """The matrix of [Note: ZeRO-3 sends the child], flattened.
-
-    Args:
-        values: for each parameter its child's elements, 1-D [kept], of one dtype.
-    """
-    lengths = [sum(counts) for counts in zip(*(child.counts for child in children), strict=True)]
-    columns = max(lengths)
-    pad = values[0].new_zeros(columns - min(lengths))
-    pieces = [each.split(child.counts) for child, each in zip(children, values, strict=True)]
-    return torch.cat(
-        [
-            piece
-            for rank, length in enumerate(lengths)
-            for piece in (*(of[rank] for of in pieces), pad.narrow(0, 0, columns - length))
-        ]
-    )
