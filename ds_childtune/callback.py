@@ -71,7 +71,7 @@ class ChildTuningCallback(TrainerCallback):
         self._waiting: Any = None
         """An engine that trains in full until `select_at`."""
         self._has_moved = False
-        """Whether an earlier `train()` has taken steps of a child."""
+        """Whether an earlier `train()` on the same model has taken steps of a child."""
         self._measures = False
         """Whether the last step was measured, for the next line of logs."""
         self._logged: dict[str, float] = {}
@@ -106,7 +106,11 @@ class ChildTuningCallback(TrainerCallback):
             return
         if self._config is None and child_tuning_block(engine) is None:
             return
-        self._has_moved = self._has_moved or (self.child is not None and self.child.step > 0)
+        before = self.child
+        if before is None or _bare(before.engine.module) is not _bare(engine.module):
+            self._has_moved = False
+        elif before.step:
+            self._has_moved = True
         self.child = attach(engine, self._config)
 
     def _is_ours(self, model: Any) -> bool:
@@ -264,9 +268,8 @@ def _as_trained(trainer: Any, loader: Any, state: Any) -> Any:
     Raises:
         ValueError: on every rank, for a stream that can be read only once.
     """
-    with raising_together(
-        users_code=True
-    ):  # on every rank: where rank 0 reads for all, the others may have another data set
+    # On every rank: where rank 0 reads for all, the others may have another data set.
+    with raising_together(users_code=True):
         data: Any = getattr(trainer, "train_dataset", None)
         streams = isinstance(data, torch.utils.data.IterableDataset)
         if streams and iter(data) is iter(data):
