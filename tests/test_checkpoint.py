@@ -18,13 +18,13 @@ import torch.distributed as dist
 from deepspeed import comm
 
 import ds_childtune
-from ds_childtune.checkpoint import load
+from ds_childtune.checkpoint import load, save
 from ds_childtune.checkpoint.opened import OpenedCheckpoint
 from ds_childtune.zero import checkpoint_write, elastic
 from ds_childtune.zero.engine import base_optimizer
 from tests.support.bits import equal_bits
 from tests.support.blocks import BLOCKS, COMPACT
-from tests.support.engines import Setup, Weights, engine_of, master_weights, model_weights
+from tests.support.engines import Setup, Weights, engine_of, master_weights, model_weights, train_step
 from tests.support.ranks import RankPool
 from tests.support.resuming import ALL_COMPACT, SETUPS, N, check_equal, resumed, share, train, whole
 
@@ -152,6 +152,27 @@ def test_a_child_that_is_gone_takes_no_memory(pool: RankPool, stage: int, tmp_pa
     for block in (BLOCKS["D"], COMPACT):
         folder = str(tmp_path / block.get("optimizer_state", "dense"))
         assert pool[2].run(child_before_a_load, folder, block, stage) == [[False] * 3] * 2
+
+
+def saved_twice(folder: str, stage: int) -> list[list[str]]:
+    """What is said when a checkpoint is saved after the first of two micro-batches, and after the second."""
+    setup = Setup("gpt2", stage=stage, accumulation=2)
+    said = []
+    with engine_of(setup) as engine:
+        ds_childtune.attach(engine, BLOCKS["F"])
+        for batch in share(setup, 7, 4)[:2]:
+            train_step(engine, [batch])
+            with mock.patch.object(save, "tell") as told:
+                engine.save_checkpoint(folder)
+            said.append([call.args[0] for call in told.call_args_list])
+    return said
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_save_between_micro_batches_is_warned_of(pool: RankPool, stage: int, tmp_path: Path) -> None:
+    for first, second in pool[2].run(saved_twice, str(tmp_path), stage):
+        assert "right after the step that ends an accumulation" in "".join(first)
+        assert not second
 
 
 def only_weights(folder: str) -> tuple[int, int, bool]:
