@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from ds_childtune.child.step_numbers import StepNumbers
 from ds_childtune.config import ChildTuningConfig, parse_config
 from ds_childtune.random_states import kept_random_states
-from ds_childtune.ranks import raising_together, tell
+from ds_childtune.ranks import largest_of_ranks, raising_together, tell
 from ds_childtune.selection.loss import LossFunction
 from ds_childtune.tuner import ChildTuner, attach
 from ds_childtune.zero.engine import child_tuning_block, takes_steps, write_events
@@ -74,6 +74,7 @@ class ChildTuningCallback(TrainerCallback):
         """Whether an earlier `train()` on the same model has taken steps of a child."""
         self._measures = False
         """Whether the last step was measured, for the next line of logs."""
+        self._steps_of_an_epoch = 1
         self._logged: dict[str, float] = {}
         """What goes into the next line of logs."""
         self.child = None
@@ -128,6 +129,7 @@ class ChildTuningCallback(TrainerCallback):
         if self.child is None or self.child.engine is not getattr(trainer, "model_wrapped", self.child.engine):
             self._attach_late(trainer)
         assert self.child is not None
+        self._steps_of_an_epoch = _steps_of_an_epoch(args, kwargs.get("train_dataloader"))
         if trainer is not None:  # first, so that the others log what this one adds
             callbacks = trainer.callback_handler.callbacks
             callbacks.remove(self)
@@ -141,9 +143,9 @@ class ChildTuningCallback(TrainerCallback):
                 self._select(trainer, kwargs.get("train_dataloader"), state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        steps = _steps_of_an_epoch(args, kwargs.get("train_dataloader"))
-        if self.child is not None and self.child.chosen and _logs_after_next_step(args, state, steps):
-            self.child.measure_next_step()
+        child = self.child
+        if child is not None and child.chosen and _logs_after_next_step(args, state, self._steps_of_an_epoch):
+            child.measure_next_step()
             self._measures = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -232,12 +234,17 @@ def _refuse_an_earlier_engine(trainer: Any) -> None:
 
 
 def _steps_of_an_epoch(args: Any, loader: Any) -> int:
-    """As the Trainer counts them; 1 where it cannot: then any step may be an epoch's last one."""
+    """As the Trainer counts them; 1 where it cannot, or where ranks count differently: then any step may be an epoch's last one.
+
+    A collective: a step that is measured is one, too, so ranks must agree on which those are.
+    """
     try:
         batches = len(loader)
     except TypeError:
-        return 1
-    return max(1, -(-batches // int(args.gradient_accumulation_steps)))
+        batches = 0
+    steps = max(1, -(-batches // int(args.gradient_accumulation_steps)))
+    most, least = largest_of_ranks(torch.tensor([steps, -steps])).tolist()
+    return steps if most == -least else 1
 
 
 def _logs_after_next_step(args: Any, state: Any, steps_of_an_epoch: int) -> bool:

@@ -296,13 +296,21 @@ def trained_again(folder: str) -> list[tuple[str, int, Run]]:
     return found
 
 
-def test_only_steps_that_are_logged_are_measured() -> None:
+def steps_that_are_measured() -> tuple[list[int], int, int]:
+    """Of two epochs and a bit; steps of an epoch where a loader has no length, and where ranks have loaders of other lengths."""
     args = SimpleNamespace(logging_strategy="epoch", gradient_accumulation_steps=2)
     steps = callback._steps_of_an_epoch(args, range(5))
     states = [SimpleNamespace(global_step=step, max_steps=7) for step in range(7)]
     logged = [state.global_step + 1 for state in states if callback._logs_after_next_step(args, state, steps)]
-    assert logged == [3, 6, 7]
-    assert callback._steps_of_an_epoch(args, iter([])) == 1
+    return (
+        logged,
+        callback._steps_of_an_epoch(args, iter([])),
+        callback._steps_of_an_epoch(args, range(6 + 4 * dist.get_rank())),
+    )
+
+
+def test_only_steps_that_are_logged_are_measured(pool: RankPool) -> None:
+    assert pool[2].run(steps_that_are_measured) == [([3, 6, 7], 1, 1)] * 2
 
 
 def test_a_trainer_that_has_an_engine_already(pool: RankPool, tmp_path: Path) -> None:
